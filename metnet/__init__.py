@@ -1,0 +1,1 @@
+"""The engine: probabilistic rain nowcasting in pure PyTorch."""

@@ -1,0 +1,1 @@
+"""Spatial attention, one family a file."""

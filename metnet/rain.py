@@ -1,0 +1,233 @@
+"""`RainForecast`: a distribution of rain rate per lead time and pixel, however it is held.
+
+`BinnedForecast` is what a network says (a probability for each class of `RainBins`);
+`EnsembleForecast` is what members say (one member: a deterministic forecast);
+`TabulatedForecast` is what a forecast store keeps (exceedances and quantiles).
+All rates are mm/h. NaN is "no forecast", never "dry".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Field = Float[Tensor, "batch lead y x"]
+
+
+class RainForecast(Protocol):
+    """A distribution of rain rate (mm/h) at every `batch lead y x`."""
+
+    def probability_above(self, threshold: float) -> Field:
+        """P(rate >= threshold), with the threshold in mm/h."""
+        ...
+
+    def quantile(self, level: float) -> Field:
+        """The rate (mm/h) that is not exceeded with probability `level` in (0, 1)."""
+        ...
+
+    def mean(self) -> Field:
+        """The expected rate (mm/h)."""
+        ...
+
+    def crps(self, observed: Field) -> Field:
+        """The continuous ranked probability score (mm/h) of each pixel; NaN where unobserved.
+
+        The integral of (F(r) - 1[observed <= r])^2 over r >= 0 (Gneiting & Raftery 2007, eq. 20).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RainBins:
+    """Classes of rain rate: [0, edges[0]) is dry (0 mm/h), then [edges[i], edges[i+1]), the last up to `top`.
+
+    Within a wet class every rate is equally likely.
+    """
+
+    edges: tuple[float, ...]  # mm/h, rising; the lower edges of the wet classes
+    top: float  # mm/h; the upper edge of the last class, where rarer rain is counted too
+
+    def __post_init__(self) -> None:
+        """Refuses edges that do not rise from above 0 to `top`."""
+        knots = [0.0, *self.edges, self.top]
+        if any(b <= a for a, b in pairwise(knots)):
+            raise ValueError(
+                f"edges={self.edges}, top={self.top}: expected rates in mm/h that rise from above 0"
+            )
+
+    @classmethod
+    def preferred(cls) -> "RainBins":
+        """Nineteen wet classes in 1-2-5 steps and finer, which hold the usual thresholds exactly."""
+        edges = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 75, 100)
+        return cls(edges=tuple(float(edge) for edge in edges), top=150.0)
+
+    @classmethod
+    def linear(cls, width: float = 0.2, count: int = 512) -> "RainBins":
+        """MetNet's classes: 512 of 0.2 mm/h (Sonderby et al. 2020, arXiv:2003.12140)."""
+        edges = tuple(round(width * i, 6) for i in range(1, count))
+        return cls(edges=edges, top=round(width * count, 6))
+
+    def __len__(self) -> int:
+        """The number of classes, the dry one included."""
+        return len(self.edges) + 1
+
+    def classify(self, rate: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """The class of each rate (mm/h); -1 where NaN."""
+        edges = torch.tensor(self.edges, dtype=rate.dtype, device=rate.device)
+        index = torch.bucketize(rate.contiguous(), edges, right=True)
+        return torch.where(rate.isnan(), torch.full_like(index, -1), index)
+
+
+@dataclass(frozen=True)
+class BinnedForecast:
+    """The probability of each class of `RainBins`."""
+
+    probability: Float[Tensor, "batch lead bin y x"]  # sums to 1 over bin
+    bins: RainBins
+
+    def __post_init__(self) -> None:
+        """Refuses probabilities of another number of classes."""
+        if self.probability.shape[2] != len(self.bins):
+            raise ValueError(
+                f"probability has {self.probability.shape[2]} classes, bins has {len(self.bins)}"
+            )
+
+    def probability_above(self, threshold: float) -> Field:
+        """P(rate >= threshold); linear within a class."""
+        return 1 - _cdf_at(threshold, *self._knots())
+
+    def quantile(self, level: float) -> Field:
+        """The rate at which the cumulated probability reaches `level`."""
+        return _quantile(level, *self._knots())
+
+    def mean(self) -> Field:
+        """The expected rate: each class counts with its midpoint, dry with 0."""
+        lower = torch.tensor((0.0, *self.bins.edges))
+        upper = torch.tensor((0.0, *self.bins.edges[1:], self.bins.top))
+        middle = ((lower + upper) / 2).to(self.probability)
+        return torch.einsum("b l k y x, k -> b l y x", self.probability, middle)
+
+    def crps(self, observed: Field) -> Field:
+        """The score of the piecewise linear distribution function, in closed form."""
+        return _crps(observed, *self._knots())
+
+    def _knots(self) -> tuple[list[Tensor], list[Tensor]]:
+        cumulated = self.probability.cumsum(dim=2).clamp(max=1).unbind(dim=2)
+        rates = (0.0, *self.bins.edges, self.bins.top)
+        # dry is exactly 0 mm/h: the distribution function is flat up to the first wet class
+        return [torch.full_like(cumulated[0], rate) for rate in rates], [cumulated[0], *cumulated]
+
+
+@dataclass(frozen=True)
+class EnsembleForecast:
+    """Equally likely members; a single member is a deterministic forecast."""
+
+    members: Float[Tensor, "batch member lead y x"]  # mm/h
+
+    def probability_above(self, threshold: float) -> Field:
+        """The share of members at or above the threshold; NaN where any member is."""
+        share = (self.members >= threshold).to(self.members.dtype).mean(dim=1)
+        return share.masked_fill(self.members.isnan().any(dim=1), torch.nan)
+
+    def quantile(self, level: float) -> Field:
+        """Linear between the sorted members (Hyndman & Fan 1996, type 7)."""
+        ordered = self.members.sort(dim=1).values  # NaN last
+        place = level * (ordered.shape[1] - 1)
+        below = int(place)
+        above = min(below + 1, ordered.shape[1] - 1)
+        between = torch.lerp(ordered[:, below], ordered[:, above], place - below)
+        return between.masked_fill(ordered[:, -1].isnan(), torch.nan)
+
+    def mean(self) -> Field:
+        """The mean over the members."""
+        return self.members.mean(dim=1)
+
+    def crps(self, observed: Field) -> Field:
+        """E|X - y| - E|X - X'| / 2 over the members (Gneiting & Raftery 2007, eq. 21)."""
+        count = self.members.shape[1]
+        ordered = self.members.sort(dim=1).values
+        rank = torch.arange(1, count + 1, dtype=ordered.dtype, device=ordered.device)
+        weight = (2 * rank - count - 1) / count**2
+        spread = torch.einsum("b m l y x, m -> b l y x", ordered, weight)
+        return (self.members - observed[:, None]).abs().mean(dim=1) - spread
+
+
+@dataclass(frozen=True)
+class TabulatedForecast:
+    """A distribution known at some thresholds and some levels, as a forecast store keeps it."""
+
+    thresholds: tuple[float, ...]  # mm/h
+    exceedance: Float[Tensor, "batch lead threshold y x"]  # P(rate >= threshold)
+    levels: tuple[float, ...]
+    quantiles: Float[Tensor, "batch lead level y x"]  # mm/h
+    average: Field  # mm/h
+
+    def probability_above(self, threshold: float) -> Field:
+        """As stored; linear between the known points for other thresholds."""
+        if threshold in self.thresholds:
+            return self.exceedance[:, :, self.thresholds.index(threshold)]
+        return 1 - _cdf_at(threshold, *self._knots())
+
+    def quantile(self, level: float) -> Field:
+        """As stored; linear between the known points for other levels."""
+        if level in self.levels:
+            return self.quantiles[:, :, self.levels.index(level)]
+        return _quantile(level, *self._knots())
+
+    def mean(self) -> Field:
+        """The expected rate as stored."""
+        return self.average
+
+    def crps(self, observed: Field) -> Field:
+        """The score of the known points joined by lines; what lies above the last one sits on it."""
+        return _crps(observed, *self._knots())
+
+    def _knots(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All known points of the distribution function: both kinds rise, so each is sorted alone."""
+        thresholds = torch.tensor(self.thresholds).to(self.exceedance)
+        levels = torch.tensor(self.levels).to(self.quantiles)
+        shape = (1, 1, -1, 1, 1)
+        rates = torch.cat([thresholds.view(shape).expand_as(self.exceedance), self.quantiles], dim=2)
+        cdf = torch.cat([1 - self.exceedance, levels.view(shape).expand_as(self.quantiles)], dim=2)
+        rates, cdf = rates.sort(dim=2).values, cdf.sort(dim=2).values
+        zero = torch.zeros_like(rates[:, :, 0])
+        return (
+            [zero, *rates.unbind(dim=2), rates[:, :, -1]],
+            [zero, *cdf.unbind(dim=2), zero + 1],
+        )
+
+
+def _cdf_at(threshold: float, rates: Sequence[Tensor], cdf: Sequence[Tensor]) -> Tensor:
+    """P(rate < threshold) of a distribution function that is linear between its knots."""
+    result = torch.zeros_like(cdf[0])
+    for a, b, low, high in zip(rates, rates[1:], cdf, cdf[1:], strict=False):
+        share = ((threshold - a) / (b - a).clamp(min=1e-12)).clamp(0, 1)
+        result = torch.where(threshold > a, low + (high - low) * share, result)
+    return result
+
+
+def _quantile(level: float, rates: Sequence[Tensor], cdf: Sequence[Tensor]) -> Tensor:
+    """The rate at which a distribution function that is linear between its knots reaches `level`."""
+    result = rates[0]
+    for a, b, low, high in zip(rates, rates[1:], cdf, cdf[1:], strict=False):
+        share = ((level - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        result = torch.where(level > low, a + (b - a) * share, result)
+    return result
+
+
+def _crps(observed: Tensor, rates: Sequence[Tensor], cdf: Sequence[Tensor]) -> Tensor:
+    """The integral of (F(r) - 1[observed <= r])^2, piece by piece, each piece cut at the observation."""
+
+    def squared(low: Tensor, high: Tensor, width: Tensor) -> Tensor:
+        return (low * low + low * high + high * high) / 3 * width
+
+    total = (observed - rates[-1]).clamp(min=0)
+    for a, b, low, high in zip(rates, rates[1:], cdf, cdf[1:], strict=False):
+        cut = torch.minimum(torch.maximum(observed, a), b)
+        at_cut = low + (high - low) * (cut - a) / (b - a).clamp(min=1e-12)
+        total = total + squared(low, at_cut, cut - a) + squared(1 - at_cut, 1 - high, b - cut)
+    return total

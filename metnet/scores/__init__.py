@@ -1,0 +1,1 @@
+"""Verification scores, one a file; each is a `Score` (see `score`)."""

@@ -1,0 +1,1 @@
+"""The workshop: files, time, training, forecasting and verification."""

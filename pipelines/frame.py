@@ -1,0 +1,67 @@
+"""`Frame`: one quantity at one valid time on one grid, and where it came from."""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.cf import Variable
+from pipelines.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A field as it was observed; NaN is "not observed", 0 is "dry"."""
+
+    variable: Variable
+    valid_time: datetime  # UTC; the end of the interval where the quantity is a sum
+    cadence: timedelta  # from one frame of this source to the next
+    grid: Grid
+    values: NDArray[np.float32]  # (y, x), in the variable's units
+    source: str  # the service and product, as a person would say it
+    sha256: str  # of the file the frame was read from
+
+    def __post_init__(self) -> None:
+        """Refuses what no reader may hand on.
+
+        Raises:
+            ValueError: for a time that is not UTC, another shape than the grid's, another type than
+                float32, infinite numbers, or numbers outside the variable's valid range.
+        """
+        if self.valid_time.utcoffset() != timedelta(0):
+            raise ValueError(f"valid_time={self.valid_time}: expected a time in UTC")
+        if self.cadence <= timedelta(0):
+            raise ValueError(f"cadence={self.cadence}: expected more than 0")
+        if self.values.shape != self.grid.shape:
+            raise ValueError(f"values of shape {self.values.shape} on a grid of {self.grid.shape}")
+        if self.values.dtype != np.float32:
+            raise ValueError(f"values of type {self.values.dtype}: expected float32")
+        low, high = self.variable.valid_range
+        outside = (self.values < low) | (self.values > high)  # false where NaN
+        if outside.any():
+            raise ValueError(
+                f"{int(outside.sum())} of {outside.size} values of {self.variable.name} lie outside "
+                f"{low:g}..{high:g} {self.variable.units}, such as {self.values[outside][0]:g}"
+            )
+
+    def window(self, y0: int, x0: int, y_size: int, x_size: int) -> "Frame":
+        """The part of the field in a window of its grid (row 0 north)."""
+        grid = self.grid.window(y0, x0, y_size, x_size)
+        values = self.values[y0 : y0 + y_size, x0 : x0 + x_size]
+        return replace(self, grid=grid, values=np.ascontiguousarray(values))
+
+
+def parse_time(text: str | datetime) -> datetime:
+    """A UTC time from ISO 8601 text (`2019-06-10T00:30`, `20190610T003000Z`); no offset means UTC.
+
+    Raises:
+        ValueError: if it is not a time.
+    """
+    if isinstance(text, datetime):
+        return text.replace(tzinfo=UTC) if text.tzinfo is None else text.astimezone(UTC)
+    try:
+        time = datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a time: expected ISO 8601 such as 2019-06-10T00:30Z") from error
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)

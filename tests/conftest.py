@@ -1,0 +1,19 @@
+"""Fixtures that every room shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real radar and satellite files."""
+    folder = Path(os.environ.get("METNET_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have the real files, and {folder} is not there")
+        pytest.skip(f"no real radar files at {folder}; set METNET_DATA to their folder")
+    return folder
