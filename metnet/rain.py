@@ -6,10 +6,12 @@
 All rates are mm/h. NaN is "no forecast", never "dry".
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +19,10 @@ from torch import Tensor
 
 Field = Float[Tensor, "batch lead y x"]
 
+_PIXELS_AT_ONCE = 50_000  # sorting the points of a whole country at once would take several GB
 
+
+@runtime_checkable  # the tests check types, protocols too, on every call
 class RainForecast(Protocol):
     """A distribution of rain rate (mm/h) at every `batch lead y x`."""
 
@@ -98,11 +103,28 @@ class BinnedForecast:
 
     def probability_above(self, threshold: float) -> Field:
         """P(rate >= threshold); linear within a class."""
-        return 1 - _cdf_at(threshold, *self._knots())
+        if threshold <= 0:
+            return self.probability.sum(dim=2)
+        knots = (0.0, *self.bins.edges, self.bins.top)
+        place = bisect_right(knots, threshold) - 1  # the class that the threshold cuts
+        if place == 0:  # within the dry class, whose rate is 0
+            return self.probability[:, :, 1:].sum(dim=2)
+        if place > len(self.bins.edges):
+            return torch.zeros_like(self.probability[:, :, 0]) * self.probability[:, :, 0]  # NaN stays NaN
+        above = (knots[place + 1] - threshold) / (knots[place + 1] - knots[place])
+        return self.probability[:, :, place] * above + self.probability[:, :, place + 1 :].sum(dim=2)
 
     def quantile(self, level: float) -> Field:
         """The rate at which the cumulated probability reaches `level`."""
-        return _quantile(level, *self._knots())
+        cumulated = self._cumulated
+        place = (cumulated < level).sum(dim=2, keepdim=True).clamp(max=len(self.bins) - 1)
+        knots = torch.tensor((0.0, *self.bins.edges, self.bins.top)).to(cumulated)
+        high = cumulated.gather(2, place)
+        low = cumulated.gather(2, (place - 1).clamp(min=0))
+        share = ((level - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+        rate = knots[place] + (knots[place + 1] - knots[place]) * share
+        dry = torch.where(high.isnan(), high, 0.0)
+        return torch.where(place == 0, dry, rate)[:, :, 0]
 
     def mean(self) -> Field:
         """The expected rate: each class counts with its midpoint, dry with 0."""
@@ -115,11 +137,15 @@ class BinnedForecast:
         """The score of the piecewise linear distribution function, in closed form."""
         return _crps(observed, *self._knots())
 
+    @cached_property
+    def _cumulated(self) -> Float[Tensor, "batch lead bin y x"]:
+        return self.probability.cumsum(dim=2).clamp(max=1)
+
     def _knots(self) -> tuple[list[Tensor], list[Tensor]]:
-        cumulated = self.probability.cumsum(dim=2).clamp(max=1).unbind(dim=2)
+        cumulated = self._cumulated.unbind(dim=2)
         rates = (0.0, *self.bins.edges, self.bins.top)
         # dry is exactly 0 mm/h: the distribution function is flat up to the first wet class
-        return [torch.full_like(cumulated[0], rate) for rate in rates], [cumulated[0], *cumulated]
+        return [torch.tensor(rate).to(cumulated[0]) for rate in rates], [cumulated[0], *cumulated]
 
 
 @dataclass(frozen=True)
@@ -184,17 +210,29 @@ class TabulatedForecast:
 
     def crps(self, observed: Field) -> Field:
         """The score of the known points joined by lines; what lies above the last one sits on it."""
-        return _crps(observed, *self._knots())
+        rows = max(1, _PIXELS_AT_ONCE * observed.shape[2] // max(1, observed.numel()))
+        blocks = zip(
+            torch.split(observed, rows, dim=2),
+            torch.split(self.exceedance, rows, dim=3),
+            torch.split(self.quantiles, rows, dim=3),
+            strict=True,
+        )
+        return torch.cat([_crps(seen, *self._joined(*known)) for seen, *known in blocks], dim=2)
 
     def _knots(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self._joined(self.exceedance, self.quantiles)
+
+    def _joined(self, exceedance: Tensor, quantiles: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """All known points of the distribution function: both kinds rise, so each is sorted alone."""
-        thresholds = torch.tensor(self.thresholds).to(self.exceedance)
-        levels = torch.tensor(self.levels).to(self.quantiles)
+        thresholds = torch.tensor(self.thresholds).to(exceedance)
+        levels = torch.tensor(self.levels).to(quantiles)
         shape = (1, 1, -1, 1, 1)
-        rates = torch.cat([thresholds.view(shape).expand_as(self.exceedance), self.quantiles], dim=2)
-        cdf = torch.cat([1 - self.exceedance, levels.view(shape).expand_as(self.quantiles)], dim=2)
-        rates, cdf = rates.sort(dim=2).values, cdf.sort(dim=2).values
-        zero = torch.zeros_like(rates[:, :, 0])
+        rates = torch.cat([thresholds.view(shape).expand_as(exceedance), quantiles], dim=2)
+        cdf = torch.cat([1 - exceedance, levels.view(shape).expand_as(quantiles)], dim=2)
+        # sorting parts a NaN from the point it belongs to, so one unknown point makes all unknown
+        unknown = (rates + cdf).isnan().any(dim=2, keepdim=True)
+        rates, cdf = rates.sort(dim=2).values, cdf.sort(dim=2).values.masked_fill(unknown, torch.nan)
+        zero = torch.zeros_like(rates[:, :, 0]).masked_fill(unknown[:, :, 0], torch.nan)
         return (
             [zero, *rates.unbind(dim=2), rates[:, :, -1]],
             [zero, *cdf.unbind(dim=2), zero + 1],
@@ -215,7 +253,8 @@ def _quantile(level: float, rates: Sequence[Tensor], cdf: Sequence[Tensor]) -> T
     result = rates[0]
     for a, b, low, high in zip(rates, rates[1:], cdf, cdf[1:], strict=False):
         share = ((level - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-        result = torch.where(level > low, a + (b - a) * share, result)
+        # "not at or below" rather than "above": where low is NaN there is no forecast, and no rate of 0
+        result = torch.where(level <= low, result, a + (b - a) * share)
     return result
 
 

@@ -48,8 +48,8 @@ class Frame:
     def window(self, y0: int, x0: int, y_size: int, x_size: int) -> "Frame":
         """The part of the field in a window of its grid (row 0 north)."""
         grid = self.grid.window(y0, x0, y_size, x_size)
-        values = self.values[y0 : y0 + y_size, x0 : x0 + x_size]
-        return replace(self, grid=grid, values=np.ascontiguousarray(values))
+        values = self.values[y0 : y0 + y_size, x0 : x0 + x_size].copy()  # lets go of the rest
+        return replace(self, grid=grid, values=values)
 
 
 def parse_time(text: str | datetime) -> datetime:

@@ -42,6 +42,13 @@ class Grid:
             )
         object.__setattr__(self, "crs", _wkt(self.crs))
 
+    def __str__(self) -> str:
+        """The cells, the CRS by name and the first cell centre, in one line."""
+        return (
+            f"{self.y_size} x {self.x_size} cells of {-self.y_step:g} x {self.x_step:g} in "
+            f"{CRS.from_wkt(self.crs).name}, the first at x={self.x_first:.10g}, y={self.y_first:.10g}"
+        )
+
     @classmethod
     def from_coordinates(cls, crs: str, x: ArrayLike, y: ArrayLike) -> "Grid":
         """The grid with these cell centres.

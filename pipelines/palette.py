@@ -7,7 +7,7 @@ magenta, so that the order survives in grey print and for colour-blind eyes.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.colors import BoundaryNorm, Colormap
 
 RAIN_LEVELS: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 7.0, 10.0, 20.0, 40.0, 70.0, 100.0)
 """mm/h at which each colour begins; the last colour has no upper end. Below the first it is dry."""
@@ -35,10 +35,9 @@ MISSING_COLOUR = "#c9c9c9"
 """NaN: not observed, or no forecast there."""
 
 
-def rain_colours() -> "tuple[ListedColormap, BoundaryNorm]":
+def rain_colours() -> "tuple[Colormap, BoundaryNorm]":
     """A matplotlib colour map and norm for rates in mm/h: dry is white, NaN is grey."""
     from matplotlib.colors import BoundaryNorm, ListedColormap  # heavy; the values above serve without it
 
-    colours = ListedColormap([DRY_COLOUR, *RAIN_COLOURS], name="rain")
-    colours.set_bad(MISSING_COLOUR)
+    colours = ListedColormap([DRY_COLOUR, *RAIN_COLOURS], name="rain").with_extremes(bad=MISSING_COLOUR)
     return colours, BoundaryNorm([0.0, *RAIN_LEVELS, 1e4], ncolors=len(RAIN_COLOURS) + 1)

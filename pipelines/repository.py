@@ -1,0 +1,332 @@
+"""`Repository`: a transactional Zarr v3 store at a folder or URL (Icechunk, specification 1 and 2)."""
+
+import atexit
+import ctypes
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import icechunk
+import numpy as np
+import xarray as xr
+import zarr
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+BRANCH = "main"
+LOCK_WAIT = 600.0  # s that a writer waits for another one on a local store
+CONFLICT_TRIES = 8  # on object stores, where writers meet only at the commit
+
+# Zarr's zstd has no checksum: with crc32c last, a damaged byte is an error and not another number.
+COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
+
+# A thread of Icechunk that still lets go of its last Python object when the interpreter ends aborts the
+# process (PyO3/pyo3-async-runtimes#40): give it the time to do so.
+atexit.register(time.sleep, 0.1)
+
+if "ICECHUNK_LOG" not in os.environ:
+    # Icechunk warns on every local store that commits need a lock; this module holds one.
+    icechunk.set_logs_filter("error")
+
+
+class Repository:
+    """One Icechunk repository. Reading sees one snapshot; writing is one commit, or nothing at all."""
+
+    def __init__(self, path: str, repository: icechunk.Repository):
+        """Use `open` or `open_or_create`."""
+        self.path = path
+        self._repository = repository
+
+    @classmethod
+    def open(cls, path: str) -> "Repository":
+        """The repository at a local folder, or at an s3:// or gs:// URL.
+
+        Raises:
+            ValueError: if there is none, saying what is there instead.
+        """
+        if not _is_remote(path) and not (Path(path).is_dir() and any(Path(path).iterdir())):
+            raise ValueError(f"{path}: {_found(path)}")
+        try:
+            return cls(path, icechunk.Repository.open(_storage(path), config=_config()))
+        except icechunk.IcechunkError as error:
+            raise ValueError(f"{path}: {_found(path)} ({first_line(error)})") from error
+
+    @classmethod
+    def open_or_create(cls, path: str) -> "Repository":
+        """The repository at `path`; a new one where nothing is.
+
+        Raises:
+            ValueError: if something else is there.
+        """
+        if _is_remote(path):
+            if not icechunk.Repository.exists(_storage(path)):
+                try:
+                    icechunk.Repository.create(_storage(path), config=_config())
+                except icechunk.IcechunkError:
+                    return cls.open(path)  # made by someone else in this moment, or the reason why not
+        elif not Path(path).exists() or (Path(path).is_dir() and not any(Path(path).iterdir())):
+            _create_folder(Path(path))
+        return cls.open(path)
+
+    @property
+    def snapshot(self) -> str:
+        """The newest snapshot of the branch `main`."""
+        return self._repository.lookup_branch(BRANCH)
+
+    def history(self, count: int) -> list[tuple[datetime, str, str]]:
+        """When, what and the snapshot id of the newest `count` commits of the branch `main`, newest first."""
+        newest = islice(self._repository.ancestry(branch=BRANCH), count)
+        return [(commit.written_at, commit.message, commit.id) for commit in newest]
+
+    def reader(self, snapshot: str) -> icechunk.IcechunkStore:
+        """The store as it was at a snapshot; later commits do not change it."""
+        return self._repository.readonly_session(snapshot_id=snapshot).store
+
+    def dataset(self, snapshot: str, group: str) -> xr.Dataset:
+        """A group as it was at a snapshot, as a CF dataset, read when it is used."""
+        dataset: xr.Dataset = xr.open_dataset(
+            self.reader(snapshot),  # type: ignore[arg-type]
+            engine="zarr",
+            group=group,
+            backend_kwargs={"consolidated": False, "zarr_format": 3},
+            decode_coords="all",
+            decode_timedelta=False,
+        )
+        for name in dataset.coords:  # CF-1.11 section 2.5.1: coordinates have no missing values
+            dataset[name].encoding["_FillValue"] = None
+        for array in dataset.data_vars.values():  # and a range has the type of its variable
+            if "valid_range" in array.attrs:
+                array.attrs["valid_range"] = np.asarray(array.attrs["valid_range"], array.dtype)
+        return dataset
+
+    def commit(self, message: str, edit: Callable[[icechunk.IcechunkStore], None]) -> str | None:
+        """Runs `edit` on the newest state and commits what it did; None if it did nothing.
+
+        Local stores are locked meanwhile. On object stores `edit` runs again, on the newest state,
+        if another writer committed first; so it must decide anew each time.
+
+        Raises:
+            ValueError: if other writers kept the store busy all the time.
+            OSError: if the store does not take it.
+        """
+        for attempt in range(CONFLICT_TRIES):
+            try:
+                with self._told(), self._lock():
+                    session = self._repository.writable_session(BRANCH)
+                    edit(session.store)
+                    return self._publish(session, message, None) if session.has_uncommitted_changes else None
+            except icechunk.ConflictError:
+                time.sleep(random.uniform(0.05, 0.1) * 2**attempt)
+        raise ValueError(
+            f"{self.path}: other writers committed first {CONFLICT_TRIES} times; try again when they are done"
+        )
+
+    def add_group(self, name: str, message: str, fill: Callable[[zarr.Group], None]) -> str | None:
+        """Makes a group at the root and commits it whole; None if there is one of that name already.
+
+        `fill` runs once, and unlocked, as it may take long: groups of other names do not conflict. It does
+        not run if the group is there; if another writer commits one meanwhile, that one stays.
+
+        Raises:
+            ValueError: if another writer kept the store busy all the time.
+            OSError: if the store does not take it.
+        """
+        session = self._repository.writable_session(BRANCH)
+        root = zarr.open_group(session.store, mode="r+", zarr_format=3)
+        if name in root:
+            return None
+        try:
+            with self._told():
+                fill(root.create_group(name))
+                with self._lock():
+                    return self._publish(session, message, icechunk.ConflictDetector())
+        except (icechunk.ConflictError, icechunk.RebaseFailedError):
+            if name in zarr.open_group(self.reader(self.snapshot), mode="r", zarr_format=3):
+                return None
+            raise
+
+    def _publish(
+        self, session: icechunk.Session, message: str, solver: icechunk.ConflictSolver | None
+    ) -> str:
+        """Makes a session the tip of the branch; with a solver, on top of what others committed meanwhile.
+
+        On a local store the branch moves only when the disk holds all that it will point to, and the commit
+        is acknowledged only when the disk holds the branch: Icechunk itself does not wait for the disk.
+        """
+        if _is_remote(self.path):
+            return session.commit(message, rebase_with=solver)
+        base = self.snapshot
+        if session.snapshot_id != base and solver is not None:
+            session.rebase(solver)
+        snapshot = session.flush(message)
+        _wait_for_disk(self.path)
+        self._repository.reset_branch(BRANCH, snapshot, from_snapshot_id=base)
+        _wait_for_disk(self.path)
+        return snapshot
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says in one line what keeps the store from being written; conflicts are for the caller."""
+        try:
+            yield
+        except (icechunk.ConflictError, icechunk.RebaseFailedError):
+            raise
+        except icechunk.IcechunkError as error:
+            raise OSError(f"{self.path}: cannot be written: {first_line(error)}") from error
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One writer at a time on a local store, where Icechunk loses one of two commits made at once."""
+        if _is_remote(self.path):
+            yield
+            return
+        try:
+            with FileLock(Path(self.path) / "write.lock", timeout=LOCK_WAIT):
+                yield
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path}: another process has been writing here for {LOCK_WAIT:g} s; "
+                "try again when it is done"
+            ) from error
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    dimensions: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: str,
+    attributes: dict[str, Any],
+    chunks: tuple[int, ...] | None = None,
+) -> "zarr.Array[Any]":
+    """An empty array with named dimensions; floats read as NaN and whole numbers as 0 until written."""
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks or tuple(max(1, size) for size in shape),
+        dtype=dtype,
+        fill_value=np.nan if dtype.startswith("f") else 0,
+        compressors=COMPRESSORS,
+        dimension_names=dimensions,
+        attributes=attributes,
+    )
+
+
+def store_array(
+    group: zarr.Group,
+    name: str,
+    dimensions: tuple[str, ...],
+    values: NDArray[Any],
+    attributes: dict[str, Any],
+    chunks: tuple[int, ...] | None = None,
+) -> None:
+    """An array that is written once."""
+    array = create_array(group, name, dimensions, values.shape, values.dtype.str[1:], attributes, chunks)
+    array[...] = values
+
+
+def first_line(error: Exception) -> str:
+    """The message of an Icechunk error without the trace that follows it."""
+    return str(error).strip().splitlines()[0].strip(" x|") if str(error).strip() else type(error).__name__
+
+
+def _wait_for_disk(path: str) -> None:
+    """Returns when the disk holds everything written to its file system so far; Windows has no such call."""
+    if not hasattr(os, "sync"):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):  # of Linux; elsewhere all file systems have to be waited for
+        os.sync()
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        if libc.syncfs(folder):
+            raise OSError(ctypes.get_errno(), "the disk did not take what was written", path)
+    finally:
+        os.close(folder)
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _storage(path: str) -> icechunk.Storage:
+    """Where a path points to; S3 takes its keys, region and endpoint from the usual AWS_* environment."""
+    if not _is_remote(path):
+        return icechunk.local_filesystem_storage(str(Path(path).resolve()))
+    url = urlsplit(path)
+    prefix = url.path.strip("/") or None
+    if url.scheme == "gs":
+        return icechunk.gcs_storage(bucket=url.netloc, prefix=prefix, from_env=True)
+    if url.scheme != "s3":
+        raise ValueError(f"{path}: expected a local folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return icechunk.s3_storage(
+        bucket=url.netloc,
+        prefix=prefix,
+        region=region or ("us-east-1" if endpoint else None),
+        endpoint_url=endpoint,
+        allow_http=endpoint is not None and endpoint.startswith("http://"),
+        force_path_style=endpoint is not None,
+        from_env=True,
+    )
+
+
+def _config() -> icechunk.RepositoryConfig:
+    """Splits the list of chunks along time, so that a commit rewrites a part of it and not all years."""
+    split = icechunk.ManifestSplittingConfig.from_dict(
+        {
+            icechunk.ManifestSplitCondition.AnyArray(): {
+                icechunk.ManifestSplitDimCondition.DimensionName("time"): 1024
+            }
+        }
+    )
+    return icechunk.RepositoryConfig(manifest=icechunk.ManifestConfig(splitting=split))
+
+
+def _create_folder(path: Path) -> None:
+    """Makes a repository aside and moves it into place whole, so that no kill leaves half of one."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        (aside / path.name).mkdir()
+        icechunk.Repository.create(_storage(str(aside / path.name)), config=_config())
+        (aside / path.name).rename(path)
+    except OSError:
+        if not (path.is_dir() and any(path.iterdir())):
+            # A mount point, which nothing can be moved onto.
+            icechunk.Repository.create(_storage(str(path)), config=_config())
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _found(path: str) -> str:
+    """What is at a path that is no repository, and what to do."""
+    advice = "give the path of a cube that `metnet ingest` made, or of forecasts that `metnet forecast` made"
+    if _is_remote(path):
+        return f"nothing here yet (or no right to read it); {advice}"
+    place = Path(path)
+    if not place.exists():
+        return f"no such folder; {advice}"
+    if place.is_file():
+        return f"a file, not the folder of an Icechunk repository; {advice}"
+    if not any(place.iterdir()):
+        return f"an empty folder; {advice}"
+    if any((place / name).exists() for name in ("zarr.json", ".zgroup", ".zarray", ".zmetadata")):
+        return f"a plain Zarr store, not an Icechunk repository; {advice}"
+    if (place / "snapshots").is_dir():
+        return "an Icechunk repository that cannot be read"
+    names = ", ".join(sorted(entry.name for entry in place.iterdir())[:3])
+    return f"a folder that is no Icechunk repository (it holds {names}); {advice}"

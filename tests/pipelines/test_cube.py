@@ -1,0 +1,417 @@
+"""The cube: every frame in its own place, whatever happens around it."""
+
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from threading import Barrier
+
+import icechunk
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import cf, cube
+from pipelines.cube import Cube
+from pipelines.frame import Frame
+from pipelines.grid import Grid
+
+START = datetime(2020, 1, 1, tzinfo=UTC)
+CADENCE = timedelta(minutes=5)
+GRID = Grid("EPSG:3035", 4_000_000.1, 1000.3, 5, 3_000_000.7, -999.9, 4)
+
+
+def at(step: int) -> datetime:
+    return START + step * CADENCE
+
+
+def rain(step: int, grid: Grid = GRID) -> np.ndarray:
+    """Different at every step; with dry cells and cells that no radar sees."""
+    noise = np.random.default_rng(step + 1000)
+    values = noise.gamma(0.5, 4.0, grid.shape).astype(np.float32)
+    values[noise.random(grid.shape) < 0.4] = 0.0
+    values[noise.random(grid.shape) < 0.3] = np.nan
+    return values
+
+
+def frame(step: int, file: str = "first", grid: Grid = GRID, values: np.ndarray | None = None) -> Frame:
+    digest = sha256(f"{step} {file}".encode()).hexdigest()
+    values = rain(step, grid) if values is None else values
+    return Frame(cf.RAINFALL_RATE, at(step), CADENCE, grid, values, "noise", digest)
+
+
+def new(path: Path | str, grid: Grid = GRID) -> Cube:
+    return Cube.open_or_create(str(path), grid, cf.RAINFALL_RATE, START, CADENCE)
+
+
+def test_an_opened_cube_is_what_was_made(tmp_path):
+    made = new(tmp_path / "cube")
+    opened = Cube.open(str(tmp_path / "cube"))
+    assert (opened.grid, opened.variable, opened.cadence) == (GRID, cf.RAINFALL_RATE, CADENCE)
+    assert opened.snapshot == made.snapshot
+    assert opened.times == [] and opened.observed.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "crs", ["EPSG:4326", "EPSG:3413", "+proj=stere +lat_0=90 +lat_ts=60 +a=6378140 +b=6356750"]
+)
+def test_a_grid_comes_back_to_the_last_bit(tmp_path, crs):
+    grid = Grid(crs, 0.1 + 0.2, 1 / 3, 7, 1 / 7, -1 / 9, 1)
+    new(tmp_path / "cube", grid)
+    assert Cube.open(str(tmp_path / "cube")).grid == grid
+
+
+def test_not_observed_and_dry_come_back_as_they_were(tmp_path):
+    store = new(tmp_path / "cube")
+    values = np.array([[0.0, np.nan, 0.1, 0, 0]] * 4, np.float32)
+    store.write([frame(0, values=values)])
+    np.testing.assert_array_equal(store.block(at(0), 1)[0], values)
+
+
+def test_a_frame_of_nothing_but_missing_cells_is_still_a_frame(tmp_path):
+    store = new(tmp_path / "cube")
+    store.write([frame(1, values=np.full(GRID.shape, np.nan, np.float32))])
+    assert store.observed.tolist() == [False, True]
+
+
+def test_writing_twice_changes_nothing_and_says_so(tmp_path):
+    store = new(tmp_path / "cube")
+    first = store.write([frame(0), frame(1)])
+    again = store.write([frame(1), frame(0)])
+    assert (first.new, first.unchanged, first.conflicting) == (2, 0, 0)
+    assert (again.new, again.unchanged, again.conflicting) == (0, 2, 0)
+    assert again.snapshot == first.snapshot == Cube.open(store.path).snapshot
+
+
+def test_the_first_frame_of_a_time_stays(tmp_path):
+    store = new(tmp_path / "cube")
+    store.write([frame(3)])
+    dry = np.zeros(GRID.shape, np.float32)
+    written = store.write([frame(3, "restated", values=dry), frame(4), frame(4, "restated", values=dry)])
+    assert (written.new, written.unchanged, written.conflicting) == (1, 0, 2)
+    np.testing.assert_array_equal(store.block(at(3), 2), [rain(3), rain(4)])
+
+
+def test_one_call_is_one_commit(tmp_path):
+    store = new(tmp_path / "cube")
+    before = store.snapshot
+    store.write([frame(step) for step in (2, -3, 7)])
+    history = [entry.id for entry in store._repository._repository.ancestry(branch="main")]
+    assert history[:2] == [store.snapshot, before]
+
+
+@pytest.mark.parametrize("steps", [[5, 3, 9], [0, -1, -2], [4, -4], [-7, 12, 0], [2, -1, 3, -30]])
+def test_late_and_early_frames_land_in_their_own_place(tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(cube, "SIDE", 2)  # six chunks a frame
+    monkeypatch.setattr(cube, "MOVED_AT_ONCE", 4)  # so that a move takes several batches
+    store = new(tmp_path / "cube")
+    for step in steps:
+        assert store.write([frame(step)]).new == 1
+
+    opened = Cube.open(store.path)
+    first, last = min(0, *steps), max(steps)
+    first = min(steps) if steps[0] < 0 else first
+    assert opened.times[0] <= at(min(steps)) and opened.times[-1] == at(last)
+    assert {time for time, there in zip(opened.times, opened.observed, strict=True) if there} == set(
+        map(at, steps)
+    )
+    expected = [
+        rain(step) if step in steps else np.full(GRID.shape, np.nan) for step in range(first, last + 1)
+    ]
+    np.testing.assert_array_equal(opened.block(at(first), last - first + 1), expected)
+    assert [store.write([frame(step)]).unchanged for step in steps] == [1] * len(steps)
+
+
+def test_a_front_extension_costs_no_space_where_nothing_was_written(tmp_path):
+    store = new(tmp_path / "cube")
+    store.write([frame(0)])
+    store.write([frame(-500)])
+    array = store._array
+    assert array.nchunks_initialized == 2 and array.shape[0] == 501
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.permutations(range(-3, 5)), st.lists(st.integers(1, 3), min_size=8, max_size=8))
+def test_any_order_of_writes_gives_the_same_arrays(order, sizes):
+    with tempfile.TemporaryDirectory() as folder:
+        store, left = new(Path(folder) / "cube"), list(order)
+        for size in sizes:
+            store.write([frame(step) for step in left[:size]])
+            left = left[size:]
+        opened = Cube.open(store.path)
+        assert opened.times == [at(step) for step in range(-3, 5)]
+        assert opened.observed.all()
+        np.testing.assert_array_equal(opened.block(at(-3), 8), [rain(step) for step in range(-3, 5)])
+
+
+@given(
+    st.integers(-12, 12),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 4), st.integers(1, 5)),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_block_is_what_a_loop_over_frames_gives(written, first, count, step, window):
+    y0, x0, ny, nx = window
+    ny, nx = min(ny, 4 - y0), min(nx, 5 - x0)
+    rows, columns = slice(y0, y0 + ny), slice(x0, x0 + nx)
+    expected = [
+        rain(t)[rows, columns] if t in (-2, 0, 1, 5) else np.full((ny, nx), np.nan, np.float32)
+        for t in range(first, first + count * step, step)
+    ]
+    block = written.block(at(first), count, (y0, x0, ny, nx), step)
+    assert block.dtype == np.float32
+    np.testing.assert_array_equal(block, expected)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    store = new(tmp_path_factory.mktemp("written") / "cube")
+    store.write([frame(step) for step in (0, 5, 1, -2)])
+    return store
+
+
+@pytest.mark.parametrize("window", [(0, 0, 5, 5), (-1, 0, 2, 2), (0, 4, 1, 2), (0, 0, 0, 1)])
+def test_a_window_outside_the_grid_is_refused(written, window):
+    with pytest.raises(ValueError, match="outside the grid of 4 x 5 cells"):
+        written.block(at(0), 1, window)
+
+
+def test_a_time_between_two_steps_is_refused_and_the_nearest_step_named(written):
+    off = START + timedelta(minutes=8)
+    stray = Frame(cf.RAINFALL_RATE, off, CADENCE, GRID, rain(0), "noise", "ab" * 32)
+    for ask in (lambda: written.write([frame(9), stray]), lambda: written.block(off, 1)):
+        with pytest.raises(
+            ValueError, match=r"00:08:00Z is not on the time axis.*0:05:00.*nearest step is .*00:10:00Z"
+        ):
+            ask()
+    assert at(9) not in written.times
+
+
+def test_a_frame_of_another_kind_is_refused(written):
+    for wrong, said in (
+        (replace(frame(9), grid=Grid("EPSG:3035", 0, 1000.3, 5, 0, -999.9, 4)), "grid is"),
+        (replace(frame(9), variable=cf.RAINFALL_RATE_MEAN), "variable is"),
+        (replace(frame(9), cadence=timedelta(minutes=2)), "cadence is 0:02:00, but the cube has 0:05:00"),
+        (replace(frame(9), sha256="0" * 64), "expected 64 hexadecimal digits"),
+        (replace(frame(9), sha256="unknown"), "expected 64 hexadecimal digits"),
+    ):
+        with pytest.raises(ValueError, match=f"2020-01-01T00:45:00Z: .*{said}"):
+            written.write([frame(8), wrong])
+    assert at(8) not in written.times
+
+
+def test_an_existing_cube_of_another_kind_is_refused(written):
+    with pytest.raises(ValueError, match="cadence is 0:02:00, but the cube has 0:05:00"):
+        Cube.open_or_create(written.path, GRID, cf.RAINFALL_RATE, START, timedelta(minutes=2))
+    with pytest.raises(ValueError, match=r"grid is .*but the cube has"):
+        Cube.open_or_create(written.path, GRID.window(0, 0, 2, 2), cf.RAINFALL_RATE, START, CADENCE)
+    with pytest.raises(ValueError, match="is not on the time axis"):
+        Cube.open_or_create(written.path, GRID, cf.RAINFALL_RATE, START + timedelta(minutes=1), CADENCE)
+
+
+@pytest.mark.parametrize("year", [1970, 2090])
+def test_a_wrong_date_does_not_stretch_the_axis_over_decades(written, year):
+    wrong = replace(frame(0), valid_time=datetime(year, 1, 1, tzinfo=UTC))
+    with pytest.raises(ValueError, match=f"valid time {year}-01-01T00:00:00Z would stretch .*a wrong date"):
+        written.write([wrong])
+
+
+def test_a_reader_sees_its_own_snapshot_until_it_is_opened_again(tmp_path):
+    store = new(tmp_path / "cube")
+    store.write([frame(0)])
+    reader, table = Cube.open(store.path), Cube.open(store.path).between(at(-9), at(9))
+    store.write([frame(1), frame(-1)])
+    assert reader.times == [at(0)] and reader.observed.tolist() == [True]
+    np.testing.assert_array_equal(reader.block(at(0), 1)[0], rain(0))
+    np.testing.assert_array_equal(table.rainfall_rate.values, [rain(0)])
+    assert store.times == Cube.open(store.path).times == [at(-1), at(0), at(1)]
+
+
+def test_a_pickled_cube_reads_the_same_snapshot(tmp_path):
+    store = new(tmp_path / "cube")
+    store.write([frame(0)])
+    packed = pickle.dumps(store)
+    store.write([frame(1)])
+    copy = pickle.loads(packed)
+    assert copy.times == [at(0)]
+    np.testing.assert_array_equal(copy.block(at(0), 2), [rain(0), np.full(GRID.shape, np.nan)])
+
+
+def test_between_has_both_ends_and_every_step(written):
+    table = written.between(at(-1), at(5))
+    assert table.time.values.tolist() == [
+        np.datetime64(at(t).replace(tzinfo=None), "ns").item() for t in range(-1, 6)
+    ]
+    np.testing.assert_array_equal(table.rainfall_rate.sel(time="2020-01-01T00:25"), rain(5))
+    np.testing.assert_array_equal(
+        table.source_sha256.any("byte"), [False, True, True, False, False, False, True]
+    )
+    arrived = table.arrival_time.values
+    assert np.isnat(arrived[0]) and abs(arrived[1] - np.datetime64("now")) < np.timedelta64(300, "s")
+
+
+def test_between_of_a_cube_without_frames_is_empty(tmp_path):
+    assert new(tmp_path / "cube").between(at(0), at(9)).sizes["time"] == 0
+
+
+def test_any_tool_that_reads_icechunk_finds_a_cf_dataset(written):
+    store = (
+        icechunk.Repository.open(icechunk.local_filesystem_storage(written.path))
+        .readonly_session("main")
+        .store
+    )
+    table = xr.open_zarr(store, group="radar", consolidated=False, chunks=None)
+
+    assert table.rainfall_rate.dims == ("time", "y", "x")
+    assert table.rainfall_rate.attrs["units"] == "mm h-1"
+    assert table.rainfall_rate.attrs["standard_name"] == "rainfall_rate"
+    assert table[table.rainfall_rate.attrs["grid_mapping"]].attrs["crs_wkt"] == GRID.crs
+    assert table.x.attrs["standard_name"] == "projection_x_coordinate" and table.x.attrs["axis"] == "X"
+    assert {"lat", "lon"} <= set(table.rainfall_rate.coords)
+    lon, lat = GRID.lonlat()
+    np.testing.assert_allclose(table.lon, lon, atol=1e-5)
+    np.testing.assert_allclose(table.lat, lat, atol=1e-5)
+    np.testing.assert_array_equal(table.y, GRID.y)
+    raw = zarr.open_group(store, path="radar", mode="r")
+    assert raw["time"].dtype == np.int64
+    assert raw["time"].attrs["units"].startswith("seconds since 1970-01-01")
+    assert raw["rainfall_rate"].chunks == (1, 4, 5) and raw["time"].chunks == (16384,)
+    for name, array in raw.arrays():
+        assert array.metadata.to_dict()["codecs"][-1]["name"] == "crc32c", name
+
+
+def test_rows_of_a_geographic_grid_are_alike_in_latitude(tmp_path):
+    grid = Grid("EPSG:4326", 170.0, 5.0, 4, 50.0, -1.0, 3)
+    table = new(tmp_path / "cube", grid).between(at(0), at(0))
+    lon, lat = grid.lonlat()
+    np.testing.assert_allclose(table.lon, lon, atol=1e-4)
+    np.testing.assert_allclose(table.lat, lat, atol=1e-4)
+    assert table.x.attrs["standard_name"] == "longitude"
+
+
+def test_a_flipped_bit_in_a_stored_field_is_an_error(tmp_path):
+    grid = Grid("EPSG:3035", 0, 1000, 40, 0, -1000, 40)
+    store = new(tmp_path / "cube", grid)
+    values = np.random.default_rng(1).random(grid.shape, dtype=np.float32)
+    before = {chunk.name for chunk in (tmp_path / "cube" / "chunks").iterdir()}
+    store.write([frame(0, grid=grid, values=values)])
+    [chunk] = [
+        chunk
+        for chunk in (tmp_path / "cube" / "chunks").iterdir()
+        if chunk.name not in before and chunk.stat().st_size > 2000
+    ]
+    sound = chunk.read_bytes()
+    for position in random.Random(0).sample(range(len(sound)), 20):
+        damaged = bytearray(sound)
+        damaged[position] ^= 1 << position % 8
+        chunk.write_bytes(damaged)
+        with pytest.raises((ValueError, RuntimeError, icechunk.IcechunkError)):
+            Cube.open(store.path).block(at(0), 1)
+    chunk.write_bytes(sound)
+    np.testing.assert_array_equal(Cube.open(store.path).block(at(0), 1)[0], values)
+
+
+WRITER = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from test_cube import new, frame
+store = new(sys.argv[3])
+for step in map(int, sys.argv[4:]):
+    store.write([frame(step)])
+    print(step, flush=True)
+"""
+
+
+def start_writer(path: Path, steps: range) -> subprocess.Popen:
+    here = Path(__file__).parent
+    arguments = [str(here), str(here.parent.parent), str(path), *map(str, steps)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", WRITER, *arguments], stdout=pipe, stderr=pipe, text=True)
+
+
+def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
+    writers = [start_writer(tmp_path / "cube", range(first, 10, 2)) for first in (0, 1)]
+    for writer in writers:
+        _, said = writer.communicate(timeout=60)
+        assert writer.returncode == 0, said
+    opened = Cube.open(str(tmp_path / "cube"))
+    assert opened.observed.all() and len(opened.times) == 10
+    np.testing.assert_array_equal(opened.block(at(0), 10), [rain(step) for step in range(10)])
+
+
+def test_a_killed_writer_loses_no_acknowledged_frame_and_shows_no_partial_one(tmp_path):
+    acknowledged: set[int] = set()
+    for kill in range(3):
+        writer = start_writer(tmp_path / "cube", range(kill * 1000, kill * 1000 + 900))
+        assert writer.stdout is not None
+        acknowledged.add(int(writer.stdout.readline()))
+        time.sleep(random.Random(kill).uniform(0.02, 0.15))
+        writer.send_signal(signal.SIGKILL)
+        acknowledged |= {int(line) for line in writer.stdout.read().splitlines()}
+        writer.communicate()
+        assert writer.returncode == -signal.SIGKILL
+
+        opened = Cube.open(str(tmp_path / "cube"))
+        visible = np.flatnonzero(opened.observed).tolist()
+        assert acknowledged <= set(visible)
+        for step in visible:
+            np.testing.assert_array_equal(opened.block(at(step), 1)[0], rain(step))
+    assert new(tmp_path / "cube").write([frame(5000)]).new == 1
+
+
+def test_a_cube_on_an_object_store_keeps_the_same_promises(s3):
+    store = new(f"{s3}/cube")
+    assert store.write([frame(2), frame(0)]).new == 2
+    assert store.write([frame(-3), frame(2)]) == cube.Written(store.snapshot, 1, 1, 0)
+    opened = Cube.open(f"{s3}/cube")
+    assert opened.grid == GRID
+    nothing = np.full(GRID.shape, np.nan)
+    np.testing.assert_array_equal(
+        opened.block(at(-3), 6), [rain(-3), nothing, nothing, rain(0), nothing, rain(2)]
+    )
+    with pytest.raises(ValueError, match=r"s3://radar/elsewhere: .*metnet ingest"):
+        Cube.open(f"{s3}/elsewhere")
+
+
+def test_writers_of_one_cube_on_an_object_store_lose_nothing(s3):
+    new(f"{s3}/shared")
+
+    def write(steps):
+        store = Cube.open(f"{s3}/shared")
+        return [store.write([frame(step)]).new for step in steps]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(write, (range(0, 8, 2), range(-1, 7, 2)))) == [[1] * 4] * 2
+
+    opened = Cube.open(f"{s3}/shared")
+    np.testing.assert_array_equal(opened.block(at(-1), 8), [rain(step) for step in range(-1, 7)])
+    assert opened.observed.all() and len(opened.times) == 8
+
+
+def test_writers_of_the_same_frame_at_once_write_it_once(tmp_path):
+    new(tmp_path / "cube")
+    start = Barrier(3)
+
+    def write(file):
+        store = Cube.open(str(tmp_path / "cube"))
+        start.wait()
+        return store.write([frame(0, file, values=np.full(GRID.shape, ord(file), np.float32))])
+
+    with ThreadPoolExecutor(3) as threads:
+        written = list(threads.map(write, "abc"))
+
+    [winner] = [file for file, done in zip("abc", written, strict=True) if done.new]
+    assert sum(done.conflicting for done in written) == 2
+    assert (Cube.open(str(tmp_path / "cube")).block(at(0), 1) == ord(winner)).all()
