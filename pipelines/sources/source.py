@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pipelines.frame import Frame
 
@@ -19,6 +19,8 @@ class RemoteFile:
 
 class Source(Protocol):
     """Where frames come from. Sources do not know each other, nor the cube."""
+
+    trusted: ClassVar[bool]  # whether it reads no bytes from outside, and so needs no process of its own
 
     def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
         """The files valid within [start, end], by rising valid time."""
