@@ -1,0 +1,105 @@
+"""Advection: a field carried along its motion (semi-Lagrangian; Germann & Zawadzki 2002, section 2b).
+
+Trajectories run backward: each cell of the forecast asks where its rain comes from.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+CELLS_AT_ONCE = 2**16  # a band of rows of this size stays in a processor's cache: ten times as fast
+
+
+def advect(
+    field: Float[Tensor, "batch y x"],
+    motion: Float[Tensor, "batch 2 y x"],
+    lead_time: Float[Tensor, "lead"],
+    longest_step: float = 5.0,
+) -> Float[Tensor, "batch lead y x"]:
+    """The field carried along a steady motion, for every lead time; differentiable in field and motion.
+
+    Args:
+        field: in any unit; NaN is "not observed".
+        motion: cells per minute, first along x (to the east), then along y (to the south); finite.
+        lead_time: minutes; below 0 the field is carried back.
+        longest_step: minutes of one midpoint step along a trajectory.
+
+    Returns:
+        NaN where the value would come from outside the grid or from unobserved cells: where the
+        bilinear weights of observed cells do not exceed 1/2.
+    """
+    batch, y_size, x_size = field.shape
+    result = field.new_empty(batch, len(lead_time), y_size, x_size)
+    height = max(1, CELLS_AT_ONCE // (batch * x_size))
+    framed = F.pad(field, (1, 1, 1, 1), value=torch.nan)  # outside the grid nothing is observed
+    for first in range(0, y_size, height):
+        rows = range(first, min(first + height, y_size))
+        displacement = motion.new_zeros(batch, 2, len(rows), x_size)
+        reached = 0.0
+        for index, lead in enumerate(lead_time.tolist()):
+            displacement = _trace(motion, displacement, rows, lead - reached, longest_step)
+            reached = lead
+            result[:, index, first : rows.stop] = _sample(framed, displacement, rows)
+    return result
+
+
+def _trace(
+    motion: Float[Tensor, "batch 2 y x"],
+    displacement: Float[Tensor, "batch 2 row x"],
+    rows: range,
+    minutes: float,
+    longest_step: float,
+) -> Float[Tensor, "batch 2 row x"]:
+    """Displacements (cells) traced further back by `minutes` (midpoint rule)."""
+    steps = math.ceil(abs(minutes) / longest_step)
+    for _ in range(steps):
+        halfway = displacement - _motion_at(motion, displacement, rows) * (minutes / steps / 2)
+        displacement = displacement - _motion_at(motion, halfway, rows) * (minutes / steps)
+    return displacement
+
+
+def _motion_at(
+    motion: Float[Tensor, "batch 2 y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
+) -> Float[Tensor, "batch 2 row x"]:
+    """The motion at the displaced cells, bilinear; outside the grid that of its nearest cell."""
+    y_size, x_size = motion.shape[-2:]
+    x = torch.arange(x_size, device=motion.device) + displacement[:, 0]
+    y = torch.arange(rows.start, rows.stop, device=motion.device)[:, None] + displacement[:, 1]
+    place = torch.stack([2 * x / max(x_size - 1, 1) - 1, 2 * y / max(y_size - 1, 1) - 1], dim=-1)
+    return F.grid_sample(motion, place, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def _sample(
+    framed: Float[Tensor, "batch framed_y framed_x"],
+    displacement: Float[Tensor, "batch 2 row x"],
+    rows: range,
+) -> Float[Tensor, "batch row x"]:
+    """The field, in a frame of NaN one cell wide, at the displaced cells; bilinear between observed ones.
+
+    Whole cells and the fraction of a cell are kept apart, so that a shift by whole cells is exact on
+    any grid (`grid_sample` is not: a float32 place on a 7000-cell grid is off by up to 4e-4 cells, which
+    gives every dry neighbour of rain some of it).
+    """
+    width = framed.shape[2]
+    y_size, x_size = framed.shape[1] - 2, width - 2
+    whole = displacement.detach().floor()
+    x_share, y_share = (displacement - whole).unbind(dim=1)
+    far = 2.0 * max(y_size, x_size)  # beyond the grid from anywhere; keeps the integers in range
+    x_whole, y_whole = whole.clamp(-far, far).long().unbind(dim=1)
+    x_first = torch.arange(x_size, device=framed.device) + x_whole + 1
+    y_first = torch.arange(rows.start, rows.stop, device=framed.device)[:, None] + y_whole + 1
+    columns = [(x_first + right).clamp(0, width - 1) for right in (0, 1)]
+    lines = [(y_first + down).clamp(0, y_size + 1) * width for down in (0, 1)]
+    values = framed.flatten(1)
+    total, observed_share = torch.zeros_like(x_share), torch.zeros_like(x_share)
+    for column, x_weight in zip(columns, (1 - x_share, x_share), strict=True):
+        for line, y_weight in zip(lines, (1 - y_share, y_share), strict=True):
+            corner = values.gather(1, (line + column).flatten(1)).view_as(x_share)
+            weight = x_weight * y_weight * ~corner.isnan()
+            total = total + weight * corner.nan_to_num()
+            observed_share = observed_share + weight
+    mean = total / observed_share.clamp(min=0.5)
+    return torch.where(observed_share > 0.5, mean, torch.nan)

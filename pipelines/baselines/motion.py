@@ -1,0 +1,96 @@
+"""Motion of rain by dense optical flow (DIS; Kroeger et al. 2016, arXiv:1603.03590) on log-rain."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+SMALLEST_IMAGE = 16  # cells a side; DIS fails on less, and on strips
+LARGEST_IMAGE = 1500  # cells a side; larger fields are averaged down first, which costs no visible skill
+FINEST_MOTION = 512  # cells a side of the grid on which motion is smoothed: it varies slowly
+SMOOTHING = 15.0  # cells: how far rain tells the motion of its surroundings
+EDGE = 5  # cells beside unobserved ones, where a radar's edge looks like rain that stands still
+WET = 0.1  # mm/h
+
+Image = NDArray[np.uint8]
+Field = NDArray[np.float32]
+
+
+def motion(rain: Field, age: Sequence[float]) -> Field:
+    """The motion (cells per minute; along x to the east, along y to the south) of shape (2, y, x).
+
+    The flow between each two successive frames that hold anything counts with their time apart, and with
+    how much rain both show; it is smoothed, and spread over dry and unobserved cells. 0 where all is dry,
+    or fewer than two frames hold anything.
+
+    Args:
+        rain: mm/h (time, y, x), oldest first; NaN is "not observed", a frame of nothing else is missing.
+        age: minutes before now of each frame, falling.
+    """
+    y_size, x_size = rain.shape[1:]
+    factor = math.ceil(max(y_size, x_size) / LARGEST_IMAGE)
+    seen = [i for i in range(len(rain)) if not np.isnan(rain[i]).all()]
+    frames = {i: _coarse(rain[i], factor) for i in seen}
+    optical_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow_sum, weight_sum = np.zeros(()), np.zeros(())
+    for older, newer in pairwise(seen):
+        weight = np.sqrt(_weight(frames[older]) * _weight(frames[newer]))
+        flow = optical_flow.calc(_framed(frames[older]), _framed(frames[newer]), None)
+        flow_sum = flow_sum + flow[: weight.shape[0], : weight.shape[1]] * weight[..., None]
+        weight_sum = weight_sum + weight * np.float32(age[older] - age[newer])
+    if not weight_sum.any():
+        return np.zeros((2, y_size, x_size), np.float32)
+    smooth = _spread(flow_sum.astype(np.float32), weight_sum.astype(np.float32), factor)
+    return np.moveaxis(cv2.resize(smooth * factor, (x_size, y_size), interpolation=cv2.INTER_LINEAR), 2, 0)
+
+
+def _coarse(rain: Field, factor: int) -> Field:
+    """The mean of the observed cells in blocks of `factor` x `factor`; NaN where none is."""
+    if factor == 1:
+        return rain
+    y_size, x_size = (math.ceil(size / factor) for size in rain.shape)
+    padded = np.full((y_size * factor, x_size * factor), np.nan, np.float32)
+    padded[: rain.shape[0], : rain.shape[1]] = rain
+    observed = ~np.isnan(padded)
+    shape = (y_size, factor, x_size, factor)
+    count = observed.reshape(shape).sum(axis=(1, 3), dtype=np.float32)
+    total = np.where(observed, padded, 0).reshape(shape).sum(axis=(1, 3))
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _image(rain: Field) -> Image:
+    """Log-rain as grey levels: 0.1 mm/h and less is black, 100 mm/h and more white; unobserved is black."""
+    decibel = 10 * np.log10(np.maximum(np.nan_to_num(rain), WET) / WET)
+    return np.minimum(decibel * (255 / 30), 255).astype(np.uint8)
+
+
+def _framed(rain: Field) -> Image:
+    """The grey levels, with black below and to the right of a small or narrow field."""
+    side = max(SMALLEST_IMAGE, max(rain.shape) // 2)
+    more = [max(0, side - size) for size in rain.shape]
+    return cv2.copyMakeBorder(_image(rain), 0, more[0], 0, more[1], cv2.BORDER_CONSTANT).astype(np.uint8)
+
+
+def _weight(rain: Field) -> Field:
+    """How much the flow at each cell tells: the grey level near wet cells, away from unobserved ones."""
+    size = 2 * EDGE + 1
+    near_missing = cv2.dilate(np.isnan(rain).astype(np.uint8), np.ones((size, size), np.uint8))
+    return cv2.GaussianBlur(_image(rain).astype(np.float32), (0, 0), 2) * (near_missing == 0)
+
+
+def _spread(flow_sum: Field, weight_sum: Field, factor: int) -> Field:
+    """The weighted mean flow (y, x, 2) over the surroundings; wider ones where the near hold no rain."""
+    share = min(1.0, FINEST_MOTION / max(weight_sum.shape))
+    size = (math.ceil(weight_sum.shape[1] * share), math.ceil(weight_sum.shape[0] * share))
+    flow_sum = cv2.resize(flow_sum, size, interpolation=cv2.INTER_AREA)
+    weight_sum = cv2.resize(weight_sum, size, interpolation=cv2.INTER_AREA)
+    total = flow_sum.mean(axis=(0, 1)) * 1e-4
+    weight = weight_sum.mean() * np.float32(1e-4)
+    for wider, trust in ((1, 1.0), (6, 1e-2)):
+        deviation = SMOOTHING * wider * share / factor
+        total = total + trust * cv2.GaussianBlur(flow_sum, (0, 0), deviation)
+        weight = weight + trust * cv2.GaussianBlur(weight_sum, (0, 0), deviation)
+    return total / weight[..., None]

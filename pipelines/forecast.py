@@ -1,0 +1,323 @@
+"""`forecast`: a forecaster over one or many init times of a cube, each written as one run."""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+
+from metnet.batch import Batch
+from metnet.forecaster import Forecaster
+from pipelines.cube import Cube
+from pipelines.export import export as export_run
+from pipelines.frame import parse_time
+from pipelines.progress import track
+from pipelines.run_blocks import tiled, whole
+from pipelines.runs import ForecastStore, RunBlock, RunHeader
+from pipelines.trained import TrainedModel
+from pipelines.version import version
+
+log = logging.getLogger(__name__)
+
+THRESHOLDS = (0.1, 1.0, 2.0, 5.0, 10.0)  # mm/h
+QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+HORIZON = 60.0  # minutes, where nothing says how far ahead
+MOST_LEADS = 12  # up to the horizon
+TEXT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+@dataclass(frozen=True)
+class Forecasted:
+    """What a call of `forecast` did."""
+
+    path: str  # of the forecast store
+    model: str
+    lead_times: tuple[float, ...]  # minutes
+    made: tuple[str, ...]  # names of the runs written now
+    there: tuple[str, ...]  # names of the runs that were there already
+    degraded: Mapping[str, str]  # by run made: the valid times of the past frames that were missing
+    covered: float  # share of the cells of the last run made that have a forecast at the last lead time
+    seconds: float
+    export: str | None
+
+    def __str__(self) -> str:
+        """What was made and where, in a few lines."""
+        lines = []
+        if self.made:
+            leads = f"{len(self.lead_times)} lead times to {self.lead_times[-1]:g} min"
+            runs = _several("run", self.made)
+            lines.append(f"{runs} by {self.model}: {leads}, {self.seconds:.1f} s -> {self.path}")
+            lines.append(f"{self.covered:.0%} of the cells have a forecast at {self.lead_times[-1]:g} min")
+        if self.there:
+            lines.append(f"already there: {_several('run', self.there)}")
+        for name, missing in self.degraded.items():
+            lines.append(f"degraded: {name} was made without the frames of {missing}")
+        if self.export:
+            lines.append(f"exported to {self.export}")
+        return "\n".join(lines)
+
+
+def forecast(
+    cube: str,
+    model: Forecaster,
+    forecasts: str,
+    init_time: str | Sequence[str] = "latest",
+    start: str | None = None,
+    end: str | None = None,
+    every: float | None = None,
+    lead_times: Sequence[float] | None = None,
+    thresholds: Sequence[float] = THRESHOLDS,
+    quantiles: Sequence[float] = QUANTILES,
+    export: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Forecasted:
+    """Forecasts from the past in a cube; a run that is there already is not made again.
+
+    A run sees the cube up to its init time. Past frames that are missing are told to the model as NaN and
+    named in the run's attributes; cells that no past frame observed have no forecast (NaN).
+
+    Args:
+        cube: its folder or URL.
+        model: any forecaster; a `TrainedModel` is applied tile by tile on large grids.
+        forecasts: folder or URL of the forecast store; made if it is not there.
+        init_time: "latest", ISO 8601 (UTC), several such times, or "all" that have a complete past.
+        start: with "all", the first init time.
+        end: with "all", the last one.
+        every: with "all", minutes; only init times at whole multiples of it after the cube's first time.
+        lead_times: minutes; None: those the model was trained for, or up to an hour.
+        thresholds: mm/h, of the probabilities of exceedance.
+        quantiles: within (0, 1).
+        export: a NetCDF file for the run, if it is one.
+        config: the command as it was given, kept with the runs.
+
+    Raises:
+        ValueError: for an init time without data or with too few frames before it, a cube of another
+            cadence than the model's, or a run that another model or other keys made at the same place.
+    """
+    began = monotonic()
+    opened = Cube.open(cube)
+    leads = _lead_times(opened, model, lead_times)
+    inits = _init_times(opened, model.frames, init_time, start, end, every)
+    if export is not None and len(inits) > 1:
+        raise ValueError(f"export={export} holds one run: expected one init_time, got {len(inits)}")
+    levels = tuple(float(level) for level in quantiles)
+    limits = tuple(float(threshold) for threshold in thresholds)
+    made_of = _provenance(opened, model, config)
+    headers = [RunHeader(init, opened.grid, leads, limits, levels, made_of) for init in inits]
+    store = ForecastStore.open_or_create(forecasts)
+    done = [_run(store, opened, model, header) for header in track(headers, "forecasting")]
+    if export is not None:
+        export_run(store, headers[0].name, Path(export))
+    made = {header.name: run for header, run in zip(headers, done, strict=True) if run is not None}
+    return Forecasted(
+        path=forecasts,
+        model=_name(model),
+        lead_times=leads,
+        made=tuple(made),
+        there=tuple(header.name for header in headers if header.name not in made),
+        degraded={name: run.missing for name, run in made.items() if run.missing},
+        covered=list(made.values())[-1].covered if made else math.nan,
+        seconds=monotonic() - began,
+        export=export,
+    )
+
+
+@dataclass
+class _Run:
+    """What is told of a run once it is made."""
+
+    missing: str  # valid times of the past frames that were missing
+    covered: float = math.nan  # share of the cells with a forecast at the last lead time
+
+    def counting(self, blocks: Iterable[RunBlock], header: RunHeader) -> Iterator[RunBlock]:
+        """The same blocks, their coverage counted."""
+        last, cells = len(header.lead_times) - 1, 0
+        for block in blocks:
+            if block.lead.stop > last:
+                cells += int(np.count_nonzero(~np.isnan(block.median[-1])))
+            yield block
+        self.covered = cells / (header.grid.y_size * header.grid.x_size)
+
+
+def _run(store: ForecastStore, cube: Cube, model: Forecaster, header: RunHeader) -> _Run | None:
+    """Makes a run and writes it whole; None if it is there already.
+
+    Raises:
+        ValueError: if something else is there under its name.
+    """
+    if header.name in store:
+        _check_same(store, header)
+        return None
+    batch, missing = _past(cube, model.frames, header)
+    facts = {
+        "inputs_missing": missing or "none",
+        "degraded": "true" if missing else "false",
+        "created": datetime.now(UTC).strftime(TEXT),
+    }
+    header = replace(header, attributes={**header.attributes, **facts})
+    blocks = (tiled if isinstance(model, TrainedModel) else whole)(model, batch, header)
+    run = _Run(missing)
+    if store.write_run(header, run.counting(blocks, header)) is None:  # another process was first
+        _check_same(store, header)
+        return None
+    return run
+
+
+def _past(cube: Cube, frames: int, header: RunHeader) -> tuple[Batch, str]:
+    """What a forecaster may know, and the valid times of the frames that are missing from it."""
+    times = [header.init_time - age * cube.cadence for age in range(frames - 1, -1, -1)]
+    radar = torch.from_numpy(cube.block(times[0], frames))
+    empty = [bool(frame.isnan().all()) for frame in radar]
+    if empty[-1]:
+        raise ValueError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation")
+    minutes = cube.cadence.total_seconds() / 60
+    batch = Batch(
+        radar=radar[None],
+        age=minutes * torch.arange(frames - 1, -1, -1, dtype=torch.float32)[None],
+        init_time=torch.tensor([round(header.init_time.timestamp())]),
+        lead_time=torch.tensor(header.lead_times, dtype=torch.float32),
+        cell_size=torch.tensor([header.grid.cell_size], dtype=torch.float32),
+    )
+    return batch, " ".join(f"{time:{TEXT}}" for time, gone in zip(times, empty, strict=True) if gone)
+
+
+def _init_times(
+    cube: Cube,
+    frames: int,
+    wanted: str | Sequence[str],
+    start: str | None,
+    end: str | None,
+    every: float | None,
+) -> list[datetime]:
+    """The init times that are asked for, each with a frame and enough of the axis before it."""
+    present = [time for time, seen in zip(cube.times, cube.observed, strict=True) if seen]
+    if not present:
+        raise ValueError(f"{cube.path}: a cube without frames; fill it with metnet ingest")
+    if wanted == "all":
+        return _every_init_time(cube, frames, start, end, every)
+    if start is not None or end is not None or every is not None:
+        raise ValueError(f"init_time={wanted}: start, end and every only choose from init_time=all")
+    texts = [wanted] if isinstance(wanted, str | datetime) else wanted
+    times = sorted({present[-1] if text == "latest" else parse_time(text) for text in texts})
+    first = cube.times[0] + (frames - 1) * cube.cadence
+    begin = f"the cube {cube.path} begins at {cube.times[0]:{TEXT}}"
+    for time in times:
+        if time not in set(present):
+            near = _near(present, time)
+            raise ValueError(f"init_time={time:{TEXT}}: the cube {cube.path} has no frame then; {near}")
+        if time < first:
+            enough = [other for other in present if other >= first]
+            rather = f"the first init_time with enough is {enough[0]:{TEXT}}" if enough else "ingest more"
+            raise ValueError(
+                f"init_time={time:{TEXT}}: the model wants {frames} frames up to it, "
+                f"one every {_minutes(cube):g} min, but {begin}; {rather}"
+            )
+    return times
+
+
+def _every_init_time(
+    cube: Cube, frames: int, start: str | None, end: str | None, every: float | None
+) -> list[datetime]:
+    """All times with a complete past, thinned to multiples of `every` minutes after the cube's first time."""
+    minutes = _minutes(cube)
+    if every is not None and (every <= 0 or every % minutes):
+        raise ValueError(f"every={every:g}: expected a multiple of the cube's {minutes:g} minutes")
+    stride = 1 if every is None else round(every / minutes)
+    low = parse_time(start) if start is not None else cube.times[0]
+    high = parse_time(end) if end is not None else cube.times[-1]
+    complete = [
+        time
+        for index, time in enumerate(cube.times)
+        if index >= frames - 1
+        and index % stride == 0
+        and low <= time <= high
+        and cube.observed[index - frames + 1 : index + 1].all()
+    ]
+    if not complete:
+        raise ValueError(
+            f"init_time=all: the cube {cube.path} has no time between {low:{TEXT}} and {high:{TEXT}} "
+            f"with {frames} successive frames up to it; it holds {int(cube.observed.sum())} frames"
+        )
+    return complete
+
+
+def _near(present: Sequence[datetime], time: datetime) -> str:
+    """The times nearest to one that is missing."""
+    before = [other for other in present if other < time][-1:]
+    after = [other for other in present if other > time][:1]
+    near = " and ".join(f"{other:{TEXT}}" for other in before + after)
+    span = f"{len(present)} frames from {present[0]:{TEXT}} to {present[-1]:{TEXT}}"
+    return f"the nearest are {near}, of {span}"
+
+
+def _lead_times(cube: Cube, model: Forecaster, wanted: Sequence[float] | None) -> tuple[float, ...]:
+    """Minutes: those wanted, else the model's own, else up to an hour in steps of the cube's cadence."""
+    minutes = _minutes(cube)
+    if isinstance(model, TrainedModel):
+        if model.cadence != cube.cadence:
+            trained = model.cadence.total_seconds() / 60
+            raise ValueError(
+                f"the model learned from frames every {trained:g} min, the cube {cube.path} has one every "
+                f"{minutes:g} min; train a model on a cube like this one"
+            )
+        if wanted is not None and max(wanted) > max(model.lead_times):
+            log.warning("lead times beyond %g min: the model never saw any", max(model.lead_times))
+        leads = tuple(float(lead) for lead in wanted or model.lead_times)
+    else:
+        step = minutes * math.ceil(HORIZON / MOST_LEADS / minutes)
+        count = max(1, int(HORIZON / step))
+        leads = tuple(float(lead) for lead in wanted or [step * (i + 1) for i in range(count)])
+    if leads[0] <= 0:
+        raise ValueError(f"lead_times={leads}: expected minutes above 0")
+    return leads
+
+
+def _provenance(cube: Cube, model: Forecaster, config: Mapping[str, Any] | None) -> dict[str, str]:
+    """What made a run, from what."""
+    return {
+        "input_cube": cube.path,
+        "input_snapshot": cube.snapshot,
+        "model": _name(model),
+        "model_sha256": model.sha256 if isinstance(model, TrainedModel) else "none",
+        "config": json.dumps(config or {}, default=str, sort_keys=True),
+        "software_version": version(),
+    }
+
+
+def _check_same(store: ForecastStore, header: RunHeader) -> None:
+    """Refuses to take another run for this one."""
+    there = store.header(header.name)
+    for what, old, new in (
+        ("model", there.attributes.get("model"), header.attributes["model"]),
+        ("model_sha256", there.attributes.get("model_sha256"), header.attributes["model_sha256"]),
+        ("grid", there.grid, header.grid),
+        ("lead_times", there.lead_times, header.lead_times),
+        ("thresholds", there.thresholds, header.thresholds),
+        ("quantiles", there.quantiles, header.quantiles),
+    ):
+        if old != new:
+            raise ValueError(
+                f"{store.path}: the run {header.name} is there already, made with "
+                f"{what}={old} and not {new}; give another forecasts= path"
+            )
+
+
+def _name(model: Forecaster) -> str:
+    """What a run calls its model: `MetNet`, or a baseline with its settings."""
+    return type(model.network).__name__ if isinstance(model, TrainedModel) else repr(model)
+
+
+def _minutes(cube: Cube) -> float:
+    return cube.cadence.total_seconds() / 60
+
+
+def _several(what: str, names: Sequence[str]) -> str:
+    """One name, or how many and the first and last."""
+    return f"{what} {names[0]}" if len(names) == 1 else f"{len(names)} {what}s ({names[0]} .. {names[-1]})"

@@ -1,0 +1,227 @@
+"""`inspect`: what a cube or a forecast store holds, in words and as a picture."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+import zarr
+from pyproj import CRS
+
+from pipelines.cube import GROUP, Cube
+from pipelines.grid import Grid
+from pipelines.pictures import Panel, draw
+from pipelines.progress import track
+from pipelines.repository import Repository
+from pipelines.runs import ForecastStore, RunHeader
+
+WET = 0.1  # mm/h
+LOOKED_AT = 24  # frames of a cube, evenly spread: a look, not an audit
+SHOWN = 5  # gaps and commits told one by one
+PANELS = 4  # lead times drawn
+TIME = "%Y-%m-%d %H:%M"
+WIDTH = 100  # characters
+LABEL = 14
+
+Fact = tuple[str, str]  # a label, and what there is to say
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is at a path."""
+
+    path: str
+    facts: tuple[Fact, ...]
+    picture: str | None  # the PNG file that was drawn
+
+    def __str__(self) -> str:
+        """The facts, one under the other."""
+        facts = (*self.facts, ("picture", self.picture)) if self.picture else self.facts
+        return "\n".join([self.path, *(_paragraph(label, text) for label, text in facts)])
+
+
+def inspect(path: str, picture: str | None = "inspect.png") -> Inspection:
+    """Looks at a cube or a forecast store, and draws it.
+
+    Args:
+        path: a local folder or URL.
+        picture: the PNG file to draw; None for none.
+
+    Raises:
+        ValueError: if neither is there, saying what is there instead.
+    """
+    repository = Repository.open(path)
+    root = zarr.open_group(repository.reader(repository.snapshot), mode="r", zarr_format=3)
+    if GROUP in root:
+        cube = Cube.open(path)
+        facts, drawn = list(_cube(cube)), picture is not None and _draw_cube(cube, Path(picture))
+    else:
+        store = ForecastStore.open(path)
+        facts, drawn = list(_forecasts(store)), picture is not None and _draw_run(store, Path(picture))
+    facts += [("size", _size(path)), ("history", _history(repository))]
+    return Inspection(path, tuple(facts), picture if drawn else None)
+
+
+def _cube(cube: Cube) -> Iterator[Fact]:
+    yield "a cube of", f"{cube.variable.name}, {cube.variable.long_name}, {cube.variable.units}"
+    yield from _grid(cube.grid)
+    times, observed = cube.times, cube.observed
+    if not observed.any():
+        yield "frames", "none yet; fill it with metnet ingest"
+        return
+    span = f"{times[0]:{TIME}} to {times[-1]:{TIME}} UTC"
+    minutes = cube.cadence.total_seconds() / 60
+    yield "frames", f"{int(observed.sum())} of {len(times)} steps of {minutes:g} min, {span}"
+    yield "gaps", _gaps(cube)
+    there = np.flatnonzero(observed)
+    chosen = np.unique(there[np.linspace(0, len(there) - 1, min(LOOKED_AT, len(there))).round().astype(int)])
+    seen = wet = cells = 0
+    most, most_time = 0.0, times[int(chosen[0])]
+    for index in track(chosen, "looking", len(chosen)):
+        field = cube.block(times[index], 1)[0]
+        known = ~np.isnan(field)
+        cells, seen = cells + field.size, seen + int(known.sum())
+        wet += int((field >= WET).sum())
+        if known.any() and field[known].max() > most:
+            most, most_time = float(field[known].max()), times[index]
+    of = f"in {len(chosen)} frames looked at"
+    yield "observed", f"{seen / cells:.1%} of the cells, {of}"
+    yield (
+        "rain",
+        (
+            f"{wet / max(seen, 1):.1%} of the observed cells have {WET:g} mm/h or more; "
+            f"the most is {most:.1f} mm/h at {most_time:{TIME}}, {of}"
+        ),
+    )
+
+
+def _forecasts(store: ForecastStore) -> Iterator[Fact]:
+    names = store.names()
+    yield "forecasts", f"{len(names)} runs" if names else "none yet; make some with metnet forecast"
+    if not names:
+        return
+    headers = [store.header(name) for name in track(names, "looking", len(names))]
+    newest = headers[-1]
+    yield from _grid(newest.grid)
+    yield "init times", f"{headers[0].init_time:{TIME}} to {newest.init_time:{TIME}} UTC"
+    models = Counter(header.attributes.get("model", "unknown") for header in headers)
+    yield "made by", ", ".join(f"{model} ({count})" for model, count in models.items())
+    degraded = [header.name for header in headers if header.attributes.get("degraded") == "true"]
+    shown = f": {', '.join(degraded[-SHOWN:])}" if degraded else ""
+    yield "degraded", f"{len(degraded)} runs, made with past frames missing{shown}" if degraded else "none"
+    yield "lead times", f"{_numbers(newest.lead_times)} min"
+    yield "thresholds", f"{_numbers(newest.thresholds)} mm/h"
+    yield "quantiles", _numbers(newest.quantiles)
+    yield "newest", _newest(newest, store.dataset(newest.name))
+
+
+def _newest(header: RunHeader, run: xr.Dataset) -> str:
+    """Coverage and rain of a run at its first and last lead time."""
+    told = []
+    for lead in sorted({0, len(header.lead_times) - 1}):
+        chance = run["probability_of_exceedance"].isel(lead_time=lead, threshold=0).values
+        known = ~np.isnan(chance)
+        mean = float(chance[known].mean()) if known.any() else float("nan")
+        told.append(
+            f"at {header.lead_times[lead]:g} min {known.mean():.1%} of the cells have a forecast, with a "
+            f"mean probability of {mean:.1%} for {header.thresholds[0]:g} mm/h or more"
+        )
+    return f"{header.name}: " + "; ".join(told)
+
+
+def _grid(grid: Grid) -> Iterator[Fact]:
+    crs = CRS.from_wkt(grid.crs)
+    unit = "degrees" if grid.is_geographic else "m"
+    step = f"{grid.x_step:g}" if grid.x_step == -grid.y_step else f"{-grid.y_step:g} x {grid.x_step:g}"
+    yield (
+        "grid",
+        (
+            f"{grid.y_size} rows x {grid.x_size} columns of {step} {unit} ({grid.cell_size / 1000:.2f} km), "
+            f"{crs.name if crs.name != 'unknown' else crs.coordinate_operation or 'a CRS without a name'}"
+        ),
+    )
+    corners = [(0, 0), (0, grid.x_size - 1), (grid.y_size - 1, grid.x_size - 1), (grid.y_size - 1, 0)]
+    told = []
+    for name, (row, column) in zip(("NW", "NE", "SE", "SW"), corners, strict=True):
+        lon, lat = (float(values[0, 0]) for values in grid.window(row, column, 1, 1).lonlat())
+        north, east = "N" if lat >= 0 else "S", "E" if lon >= 0 else "W"
+        told.append(f"{name} {abs(lat):.3f}{north} {abs(lon):.3f}{east}")
+    yield "corners", "; ".join(told)
+
+
+def _gaps(cube: Cube) -> str:
+    """The runs of steps without a frame."""
+    gaps = []
+    steps = zip(cube.times, cube.observed, strict=True)
+    for seen, group in groupby(steps, key=lambda step: bool(step[1])):
+        if not seen:
+            times = [time for time, _ in group]
+            until = f" to {times[-1]:{TIME}} ({len(times)} steps)" if len(times) > 1 else ""
+            gaps.append(f"{times[0]:{TIME}}{until}")
+    if not gaps:
+        return "none"
+    more = f", and {len(gaps) - SHOWN} more" if len(gaps) > SHOWN else ""
+    return f"{len(gaps)}: {', '.join(gaps[:SHOWN])}{more}"
+
+
+def _size(path: str) -> str:
+    """Bytes on a local disk."""
+    if not Path(path).is_dir():
+        return "unknown: not a local folder"
+    files = [file.stat().st_size for file in Path(path).rglob("*") if file.is_file()]
+    return f"{sum(files) / 1e6:.1f} MB in {len(files)} files"
+
+
+def _history(repository: Repository) -> str:
+    """The newest commits."""
+    commits = repository.history(SHOWN)
+    return "\n".join(f"{when:{TIME}}  {snapshot}  {message}" for when, message, snapshot in commits)
+
+
+def _draw_cube(cube: Cube, path: Path) -> bool:
+    """The newest frame; False if there is none."""
+    there = np.flatnonzero(cube.observed)
+    if not there.size:
+        return False
+    time = cube.times[int(there[-1])]
+    title = f"{cube.variable.long_name}, {time:{TIME}} UTC"
+    draw(path, title, cube.grid, [[Panel("", cube.block(time, 1)[0])]])
+    return True
+
+
+def _draw_run(store: ForecastStore, path: Path) -> bool:
+    """The newest run at a few lead times: the probability of rain, and the median; False if there is none."""
+    if not store.names():
+        return False
+    header = store.header(store.names()[-1])
+    run = store.dataset(header.name)
+    leads = np.unique(np.linspace(0, len(header.lead_times) - 1, PANELS).round().astype(int))
+    chances, rates = [], []
+    for lead in leads:
+        at = run.isel(lead_time=int(lead))
+        ahead = f"+{header.lead_times[lead]:g} min"
+        chance = at["probability_of_exceedance"].isel(threshold=0).values
+        chances.append(Panel(f"{ahead}: P(rate ≥ {header.thresholds[0]:g} mm/h)", chance, probability=True))
+        rates.append(Panel(f"{ahead}: median rate", at["rainfall_rate_median"].values))
+    title = f"{header.attributes.get('model', 'forecast')} from {header.init_time:{TIME}} UTC"
+    draw(path, title, header.grid, [chances, rates])
+    return True
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _paragraph(label: str, text: str) -> str:
+    """A label, and its text beside it, wrapped."""
+    indent = " " * (LABEL + 2)
+    lines = [
+        line
+        for part in text.split("\n")
+        for line in textwrap.wrap(part, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+    ]
+    return f"  {label:<{LABEL}}" + f"\n{indent}".join(lines)

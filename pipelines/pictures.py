@@ -1,0 +1,140 @@
+"""Pictures of rain: a field, or a row of fields, on its grid with parallels and meridians (PNG)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from pipelines.grid import Grid
+from pipelines.palette import MISSING_COLOUR, RAIN_LEVELS, rain_colours
+
+SIDE = 1000  # cells of a field that are drawn, at most, along its longer side
+PANEL = 4.2  # inches, the longer side of a small field
+FIELD = 9.0  # inches, the longer side of a single field
+CHANCES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # where each colour of a probability begins
+CHANCE_COLOURS = (
+    "#ffffff",
+    "#e3eef9",
+    "#bcd7ee",
+    "#86b9e0",
+    "#4f95cd",
+    "#2a6fb0",
+    "#3b4a9c",
+    "#4a2a83",
+    "#3d0f57",
+)
+Field = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One field with its title; a rain rate in mm/h, or a probability within 0..1."""
+
+    title: str
+    field: Field
+    probability: bool = False
+
+
+def draw(path: Path, title: str, grid: Grid, rows: Sequence[Sequence[Panel]]) -> None:
+    """Draws panels, each row with one scale of colours; NaN is grey. The file is replaced whole."""
+    count = max(len(row) for row in rows)
+    wide, high = _size(grid, FIELD if count == len(rows) == 1 else PANEL)
+    figure = Figure(figsize=(wide * count + 1.3, high * len(rows) + 0.9), layout="constrained", dpi=110)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes = figure.subplots(len(rows), count, squeeze=False, sharex=True, sharey=True)
+    for line, row in zip(axes, rows, strict=True):
+        for panel, place in zip(row, line, strict=False):
+            _draw(place, grid, panel)
+        for place in line[len(row) :]:
+            place.set_visible(False)
+        _scale(figure, list(line[: len(row)]), row[0].probability)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, format="png")
+    unfinished.replace(path)
+
+
+def _size(grid: Grid, longer: float) -> tuple[float, float]:
+    """Inches of a panel, true to the shape of the grid."""
+    high, wide = grid.y_size * -grid.y_step * _stretch(grid), grid.x_size * grid.x_step
+    return longer * wide / max(wide, high), longer * high / max(wide, high)
+
+
+def _stretch(grid: Grid) -> float:
+    """How much longer a unit of y is than one of x: on a grid of degrees, at its middle latitude."""
+    if not grid.is_geographic:
+        return 1.0
+    middle = grid.y_first + grid.y_step * (grid.y_size - 1) / 2
+    return 1 / max(0.1, float(np.cos(np.radians(middle))))
+
+
+def _draw(axes: Axes, grid: Grid, panel: Panel) -> None:
+    """The field, and where north of it the parallels and meridians run."""
+    step = -(-max(grid.shape) // SIDE)
+    unit = 1.0 if grid.is_geographic else 1e-3  # degrees, or km from m
+    west, north = grid.x_first - grid.x_step / 2, grid.y_first - grid.y_step / 2
+    east, south = west + grid.x_step * grid.x_size, north + grid.y_step * grid.y_size
+    colours, norm = _colours(panel.probability)
+    axes.imshow(
+        panel.field[::step, ::step],
+        cmap=colours,
+        norm=norm,
+        extent=(west * unit, east * unit, south * unit, north * unit),
+        interpolation="nearest",
+    )
+    axes.set_aspect(_stretch(grid))
+    axes.set_title(panel.title, loc="left", fontsize=10)
+    axes.tick_params(labelsize=8, length=3, color="#999999")
+    axes.set_xlabel("degrees east" if grid.is_geographic else "x, km", fontsize=8)
+    axes.set_ylabel("degrees north" if grid.is_geographic else "y, km", fontsize=8)
+    axes.label_outer()
+    if grid.is_geographic:
+        axes.grid(color="#000000", alpha=0.15, linewidth=0.5)
+    else:
+        _graticule(axes, grid, unit)
+
+
+def _graticule(axes: Axes, grid: Grid, unit: float) -> None:
+    """Parallels and meridians with their degrees, over a grid of a projection."""
+    coarse = max(1, max(grid.shape) // 60)
+    rows, columns = _places(grid.y_size, coarse), _places(grid.x_size, coarse)
+    x, y = np.meshgrid(grid.x[columns] * unit, grid.y[rows] * unit)
+    lon, lat = (values[np.ix_(rows, columns)] for values in grid.lonlat())
+    for values, suffix in ((lon, "E"), (lat, "N")):
+        if not np.isfinite(values).all() or np.ptp(values) > 180:
+            continue
+        levels = MaxNLocator(5).tick_values(float(values.min()), float(values.max()))
+        lines = axes.contour(x, y, values, levels=levels, colors="#000000", alpha=0.25, linewidths=0.6)
+        axes.clabel(lines, fmt=lambda degree, suffix=suffix: f"{degree:g}°{suffix}", fontsize=7)
+
+
+def _places(size: int, step: int) -> NDArray[np.intp]:
+    """Every `step`-th index, and the last."""
+    return np.unique(np.append(np.arange(0, size, step), size - 1))
+
+
+def _colours(probability: bool) -> tuple[Colormap, BoundaryNorm]:
+    if not probability:
+        return rain_colours()
+    colours = ListedColormap(list(CHANCE_COLOURS), name="probability").with_extremes(bad=MISSING_COLOUR)
+    return colours, BoundaryNorm([*CHANCES, 1.0001], len(CHANCE_COLOURS))
+
+
+def _scale(figure: Figure, axes: Sequence[Axes], probability: bool) -> None:
+    """The scale of colours of a row of panels."""
+    colours, norm = _colours(probability)
+    drawn: Any = ScalarMappable(norm, colours)
+    ticks = CHANCES if probability else RAIN_LEVELS
+    bar = figure.colorbar(drawn, ax=axes, ticks=ticks, shrink=0.9, pad=0.01, spacing="uniform")
+    bar.ax.set_yticklabels([f"{100 * tick if probability else tick:g}" for tick in ticks], fontsize=8)
+    unit = "probability, %" if probability else "mm/h"
+    bar.set_label(f"{unit}; grey: {'no forecast' if probability else 'unobserved'}", fontsize=8)
+    bar.outline.set_visible(False)

@@ -1,0 +1,341 @@
+"""A run is what the forecaster said, where something was seen, written once and whole."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+
+import netCDF4
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from metnet.batch import Batch
+from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
+from pipelines import run_blocks
+from pipelines.baselines.extrapolation import Extrapolation
+from pipelines.baselines.persistence import Persistence
+from pipelines.cf import RAINFALL_RATE
+from pipelines.cube import Cube
+from pipelines.forecast import forecast
+from pipelines.frame import Frame
+from pipelines.grid import Grid
+from pipelines.runs import ForecastStore, RunHeader
+from pipelines.trained import TrainedModel
+
+START = datetime(2020, 6, 1, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+
+def grid(shape: tuple[int, int] = (4, 5)) -> Grid:
+    return Grid("EPSG:3035", 4e6, 1000.0, shape[1], 3e6, -1000.0, shape[0])
+
+
+def frame(minutes: float, values: np.ndarray) -> Frame:
+    values = np.asarray(values, np.float32)
+    digest = sha256(values.tobytes() + bytes(str(minutes), "ascii")).hexdigest()
+    return Frame(
+        RAINFALL_RATE, START + minutes * MINUTE, 5 * MINUTE, grid(values.shape), values, "test", digest
+    )
+
+
+def make_cube(path, frames: dict[float, np.ndarray]) -> str:
+    shape = next(iter(frames.values())).shape
+    cube = Cube.open_or_create(str(path), grid(shape), RAINFALL_RATE, START, 5 * MINUTE)
+    cube.write([frame(minutes, values) for minutes, values in frames.items()])
+    return str(path)
+
+
+@pytest.fixture
+def cube(tmp_path) -> str:
+    """Four frames of rain that rises by 1 mm/h each; the last column is never seen."""
+    field = np.arange(20, dtype=np.float32).reshape(4, 5)
+    field[:, 4] = np.nan
+    return make_cube(tmp_path / "cube", {5.0 * i: field + i for i in range(4)})
+
+
+@pytest.fixture
+def store(tmp_path) -> str:
+    return str(tmp_path / "forecasts")
+
+
+def newest(store: str) -> tuple[RunHeader, xr.Dataset]:
+    opened = ForecastStore.open(store)
+    name = opened.names()[-1]
+    return opened.header(name), opened.dataset(name).load()
+
+
+def test_persistence_of_a_tiny_grid_by_hand(cube, store):
+    made = forecast(
+        cube, Persistence(), store, lead_times=[5, 10], thresholds=[0.1, 10], quantiles=[0.1, 0.9]
+    )
+
+    header, run = newest(store)
+    assert made.made == (header.name,) == ("20200601T001500Z",)
+    field = np.arange(20.0).reshape(4, 5) + 3
+    field[:, 4] = np.nan
+    for lead in range(2):
+        np.testing.assert_array_equal(run["rainfall_rate_median"][lead], field)
+        np.testing.assert_array_equal(run["rainfall_rate_mean"][lead], field)
+        for level in range(2):
+            np.testing.assert_array_equal(run["rainfall_rate_quantile"][level, lead], field)
+        chance = run["probability_of_exceedance"][lead]
+        np.testing.assert_array_equal(chance[0], np.where(np.isnan(field), np.nan, 1))
+        np.testing.assert_array_equal(chance[1], np.where(np.isnan(field), np.nan, field >= 10))
+    assert run["lead_time"].values.tolist() == [5, 10]
+    assert run["valid_time"].values[1] == np.datetime64("2020-06-01T00:25")
+
+
+@dataclass(frozen=True)
+class Certain:
+    """A forecaster that says `rate` everywhere, seen or not."""
+
+    rate: float
+    frames: int = 2
+
+    def __call__(self, batch: Batch) -> EnsembleForecast:
+        shape = (1, 1, len(batch.lead_time), *batch.radar.shape[2:])
+        return EnsembleForecast(torch.full(shape, self.rate))
+
+
+def test_what_was_never_seen_has_no_forecast_whatever_the_forecaster_says(tmp_path, store):
+    older, newer = np.zeros((3, 3)), np.zeros((3, 3))
+    older[0], newer[1], older[2], newer[2] = np.nan, np.nan, np.nan, np.nan  # row 2 in neither
+
+    made = forecast(
+        make_cube(tmp_path / "cube", {0.0: older, 5.0: newer}), Certain(3.0), store, lead_times=[5]
+    )
+
+    _, run = newest(store)
+    for field in ("rainfall_rate_median", "rainfall_rate_mean"):
+        np.testing.assert_array_equal(run[field][0], [[3] * 3, [3] * 3, [np.nan] * 3])
+    assert np.isnan(run["probability_of_exceedance"][0, :, 2]).all()
+    assert np.isnan(run["rainfall_rate_quantile"][:, 0, 2]).all()
+    assert made.covered == pytest.approx(2 / 3)
+
+
+def test_the_same_run_twice_is_made_once(cube, store):
+    calls = []
+
+    @dataclass(frozen=True)
+    class Counted(Certain):
+        def __call__(self, batch: Batch) -> EnsembleForecast:
+            calls.append(1)
+            return super().__call__(batch)
+
+    first = forecast(cube, Counted(1.0), store)
+    snapshot = ForecastStore.open(store).snapshot
+    second = forecast(cube, Counted(1.0), store)
+
+    assert (first.made, first.there) == (second.there, second.made) == (("20200601T001500Z",), ())
+    assert len(calls) == 1 and ForecastStore.open(store).snapshot == snapshot
+    assert "already there: run 20200601T001500Z" in str(second)
+
+
+def test_a_run_of_another_model_or_other_keys_is_not_taken_for_this_one(cube, store):
+    forecast(cube, Certain(1.0), store, lead_times=[5])
+
+    with pytest.raises(ValueError, match=r"Certain\(rate=1.0.*not Certain\(rate=2.0.*another forecasts="):
+        forecast(cube, Certain(2.0), store, lead_times=[5])
+    with pytest.raises(ValueError, match=r"lead_times=\(5.0,\) and not \(10.0,\)"):
+        forecast(cube, Certain(1.0), store, lead_times=[10])
+    assert (newest(store)[1]["rainfall_rate_mean"][0, :, :4] == 1).all()
+
+
+def test_a_forecaster_that_fails_leaves_no_run(cube, store):
+    class Failing:
+        frames = 1
+
+        def __call__(self, batch: Batch) -> EnsembleForecast:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        forecast(cube, Failing(), store)
+
+    assert ForecastStore.open(store).names() == []
+    assert forecast(cube, Certain(1.0), store).made == ("20200601T001500Z",)
+
+
+def test_a_run_says_what_made_it_from_what(cube, store):
+    config = {"cube": cube, "model": {"_target_": "a.b"}}
+    forecast(cube, Extrapolation(frames=3), store, config=config)
+
+    attributes = newest(store)[0].attributes
+    assert attributes["model"] == "Extrapolation(frames=3)"
+    assert attributes["input_snapshot"] == Cube.open(cube).snapshot
+    assert json.loads(attributes["config"]) == config
+    assert attributes["degraded"] == "false" and attributes["inputs_missing"] == "none"
+    assert attributes["software_version"] and attributes["created"].endswith("Z")
+
+
+@pytest.mark.parametrize("pattern", range(8))
+def test_every_missing_frame_is_named_and_told_as_nan(tmp_path, store, pattern):
+    """All patterns of the three frames before the newest."""
+    gone = [i for i in range(3) if pattern >> i & 1]
+    frames = {5.0 * i: np.full((3, 4), float(i)) for i in range(4) if i not in gone}
+    cube = make_cube(tmp_path / "cube", {**frames, 0.0: frames.get(0.0, np.full((3, 4), np.nan))})
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looking(Certain):
+        frames: int = 4
+
+        def __call__(self, batch: Batch) -> EnsembleForecast:
+            seen.extend(batch.radar[0, :, 0, 0].tolist())
+            assert batch.age.tolist() == [[15, 10, 5, 0]]
+            return super().__call__(batch)
+
+    made = forecast(cube, Looking(1.0), store)
+
+    header, _ = newest(store)
+    missing = " ".join(f"2020-06-01T00:{5 * i:02}:00Z" for i in gone)
+    assert header.attributes["inputs_missing"] == (missing or "none")
+    assert header.attributes["degraded"] == ("true" if gone else "false")
+    assert [i for i in range(4) if np.isnan(seen[i])] == gone and seen[3] == 3
+    assert (f"without the frames of {missing}" in str(made)) == bool(gone)
+
+
+def test_init_times_without_data_name_those_that_exist(tmp_path, store):
+    cube = make_cube(tmp_path / "cube", {0.0: np.ones((3, 3)), 5.0: np.ones((3, 3)), 20.0: np.ones((3, 3))})
+
+    with pytest.raises(
+        ValueError, match=r"no frame then; the nearest are 2020-06-01T00:05:00Z and .*00:20:00Z"
+    ):
+        forecast(cube, Persistence(), store, init_time="2020-06-01T00:15")
+    with pytest.raises(ValueError, match=r"of 3 frames from 2020-06-01T00:00:00Z to 2020-06-01T00:20:00Z"):
+        forecast(cube, Persistence(), store, init_time="2021-06-01")
+    with pytest.raises(
+        ValueError, match=r"wants 4 frames.*begins at .*00:00:00Z; the first .* 2020-06-01T00:20"
+    ):
+        forecast(cube, Extrapolation(), store, init_time="2020-06-01T00:05")
+    with pytest.raises(ValueError, match="'soon' is not a time"):
+        forecast(cube, Persistence(), store, init_time="soon")
+    with pytest.raises(ValueError, match=r"wants 9 frames.*ingest more"):
+        forecast(cube, Extrapolation(frames=9), store)
+    with pytest.raises(ValueError, match=r"no time between .* with 3 successive frames.*holds 3 frames"):
+        forecast(cube, Certain(1.0, frames=3), store, init_time="all")
+    with pytest.raises(ValueError, match="cube without frames"):
+        empty = Cube.open_or_create(str(tmp_path / "empty"), grid(), RAINFALL_RATE, START, 5 * MINUTE)
+        forecast(empty.path, Persistence(), store)
+    with pytest.raises(ValueError, match="lead_times"):
+        forecast(cube, Persistence(), store, lead_times=[0, 5])
+    with pytest.raises(ValueError, match="multiple of the cube's 5 minutes"):
+        forecast(cube, Persistence(), store, init_time="all", every=7)
+    with pytest.raises(ValueError, match="only choose from init_time=all"):
+        forecast(cube, Persistence(), store, every=5)
+
+
+def test_a_frame_without_a_single_observation_is_no_start(tmp_path, store):
+    cube = make_cube(tmp_path / "cube", {0.0: np.ones((3, 3)), 5.0: np.full((3, 3), np.nan)})
+    with pytest.raises(ValueError, match="holds no observation"):
+        forecast(cube, Persistence(), store)
+
+
+def test_all_takes_every_time_with_a_complete_past(tmp_path, store):
+    frames = {5.0 * i: np.full((2, 3), float(i)) for i in range(13) if i != 5}
+    cube = make_cube(tmp_path / "cube", frames)
+
+    made = forecast(cube, Certain(1.0, frames=2), store, init_time="all", every=10, start="2020-06-01T00:10")
+
+    assert made.made == tuple(
+        f"20200601T{m // 60:02}{m % 60:02}00Z" for m in (10, 20, 40, 50, 60)
+    )  # 30 lacks 25
+    assert ForecastStore.open(store).names() == list(made.made)
+    some = forecast(cube, Certain(1.0, frames=2), store, init_time=["2020-06-01T00:15", "latest"])
+    assert some.made == ("20200601T001500Z",) and some.there == ("20200601T010000Z",)
+
+
+def test_lead_times_go_to_an_hour_in_steps_of_the_cadence(cube, store):
+    assert forecast(cube, Persistence(), store).lead_times == tuple(range(5, 61, 5))
+
+
+def test_the_export_is_the_run(cube, store, tmp_path):
+    target = tmp_path / "exports" / "run.nc"
+
+    forecast(cube, Extrapolation(), store, lead_times=[5, 15], export=str(target))
+    forecast(cube, Extrapolation(), store, lead_times=[5, 15], export=str(target))
+
+    _, run = newest(store)
+    with xr.open_dataset(target, decode_timedelta=False, decode_coords="all") as file:
+        xr.testing.assert_equal(file.load(), run)
+        assert file.attrs["model"] == "Extrapolation(frames=4)"
+    with netCDF4.Dataset(target) as file:
+        median = file["rainfall_rate_median"]
+        assert median.grid_mapping == "crs" and np.isnan(median._FillValue) and median.units == "mm h-1"
+    assert [path.name for path in target.parent.iterdir()] == ["run.nc"]
+    with pytest.raises(ValueError, match="holds one run: expected one init_time, got 3"):
+        forecast(cube, Certain(1.0), store + "2", init_time="all", export=str(target))
+
+
+@dataclass
+class Network:
+    """Stands for a MetNet: the class of each pixel is that of the mean over its 3 x 3 neighbourhood."""
+
+    frames: int = 2
+
+    def __call__(self, batch: Batch) -> BinnedForecast:
+        rain = batch.radar[:, -1].nan_to_num()
+        mean = torch.nn.functional.avg_pool2d(rain[:, None], 3, 1, 1)[:, 0]
+        classes = torch.nn.functional.one_hot(BINS.classify(mean), len(BINS)).movedim(-1, 1)
+        return BinnedForecast(classes[:, None].float().repeat(1, len(batch.lead_time), 1, 1, 1), BINS)
+
+
+BINS = RainBins((0.1, 1.0, 5.0), 20.0)
+
+
+def network(cadence: float = 5.0, leads: tuple[float, ...] = (5.0, 10.0)) -> TrainedModel:
+    card = {"cadence_minutes": cadence, "lead_times": list(leads)}
+    return TrainedModel(Network(), card, "ab" * 32)  # type: ignore[arg-type]
+
+
+def test_a_network_gives_the_same_run_in_tiles_as_at_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    field = np.where(rng.random((50, 41)) < 0.5, 0, rng.gamma(1, 4, (50, 41)))
+    field[20:24] = np.nan
+    field[:, 33:] = np.nan  # whole tiles unseen
+    cube = make_cube(tmp_path / "cube", {0.0: field, 5.0: field})
+    forecast(cube, network(), str(tmp_path / "once"))
+
+    monkeypatch.setattr(run_blocks, "TILE", 16)
+    monkeypatch.setattr(run_blocks, "HALO", 3)
+    forecast(cube, network(), str(tmp_path / "tiles"))
+
+    header, once = newest(str(tmp_path / "once"))
+    _, tiles = newest(str(tmp_path / "tiles"))
+    xr.testing.assert_equal(once, tiles)
+    assert header.attributes["model"] == "Network" and header.attributes["model_sha256"] == "ab" * 32
+    assert header.lead_times == (5.0, 10.0)
+    unseen = np.isnan(field)
+    assert np.array_equal(np.isnan(once["rainfall_rate_mean"][0]), unseen)
+    assert once["probability_of_exceedance"][0, 0].values[~unseen].mean() > 0.5
+
+
+def test_a_large_grid_is_written_lead_by_lead_to_the_same_run(tmp_path, monkeypatch):
+    field = np.random.default_rng(0).gamma(1, 2, (30, 20))
+    cube = make_cube(tmp_path / "cube", {5.0 * i: np.roll(field, i, 1) for i in range(4)})
+    forecast(cube, Extrapolation(), str(tmp_path / "once"), lead_times=[5, 10, 15])
+
+    monkeypatch.setattr(run_blocks, "CELLS_AT_ONCE", 100)
+    monkeypatch.setattr(run_blocks, "RATES_AT_ONCE", 1200)
+    forecast(cube, Extrapolation(), str(tmp_path / "apart"), lead_times=[5, 10, 15])
+
+    once, apart = newest(str(tmp_path / "once"))[1], newest(str(tmp_path / "apart"))[1]
+    xr.testing.assert_allclose(once, apart, atol=1e-4)
+    assert float(once["rainfall_rate_mean"].mean()) > 0.5
+
+
+def test_a_model_of_another_cadence_is_refused(cube, store):
+    with pytest.raises(ValueError, match=r"learned from frames every 2 min, the cube .* one every 5 min"):
+        forecast(cube, network(cadence=2.0), store)
+
+
+def test_lead_times_never_learned_are_warned_of(cube, store, caplog):
+    forecast(cube, network(), store, lead_times=[5, 30])
+    assert "beyond 10 min" in caplog.text
+
+
+def test_a_path_without_a_cube_makes_no_forecast_store(tmp_path, store):
+    with pytest.raises(ValueError, match="cube"):
+        forecast(str(tmp_path / "nothing"), Persistence(), store)
+    assert not (tmp_path / "forecasts").exists()
