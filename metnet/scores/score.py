@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
@@ -28,3 +29,8 @@ class Score(Protocol):
     def value(self, sums: Float64[Tensor, "lead part"]) -> Float64[Tensor, "lead"]:
         """The score by lead time; NaN where nothing was counted."""
         ...
+
+
+def add_up(*parts: Float[Tensor, "batch lead y x"]) -> Float64[Tensor, "lead part"]:
+    """Each part's sum over all pixels and samples, by lead time."""
+    return torch.stack([part.sum(dim=(0, 2, 3), dtype=torch.float64) for part in parts], dim=-1)

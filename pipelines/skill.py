@@ -1,0 +1,113 @@
+"""`Skill`: the sums of every score of every forecaster, run by run, and what they say, with uncertainty."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metnet.rain import EnsembleForecast
+from metnet.scores.score import Score
+
+FEWEST_RUNS = 5  # with fewer, resampling them tells nothing
+LEVEL = 0.9  # of the intervals
+
+
+@dataclass(frozen=True, eq=False)
+class Skill:
+    """What adds up to the scores. All forecasters were asked at exactly the same pixels.
+
+    `sums` holds for each score a float64 tensor (forecaster, run, lead, part).
+    """
+
+    scores: tuple[Score, ...]
+    forecasters: tuple[str, ...]  # the forecast itself first, then the baselines
+    init_times: tuple[datetime, ...]  # UTC, rising
+    lead_times: tuple[float, ...]  # minutes, rising
+    sums: Mapping[str, Tensor]  # by the score's name
+    pixels: Tensor  # (run, lead), that count
+    observed: Tensor  # (run, lead), that were observed
+    rain: Tensor  # (run, lead), mm/h, summed over the pixels that count
+
+    def values(self, score: Score) -> Tensor:
+        """The score over all runs (forecaster, lead); NaN where nothing was counted."""
+        return torch.stack([score.value(sums.sum(dim=0)) for sums in self.sums[score.name]])
+
+    def difference(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Difference":
+        """The forecast's score less a baseline's, with the interval that resampled runs span.
+
+        A circular block bootstrap over runs (Politis & Romano 1992): forecasts whose times overlap err alike,
+        so neighbours are drawn together. Both are resampled alike: their difference is what is asked for.
+        """
+        paired = self.sums[score.name][[0, self.forecasters.index(baseline)]]
+        ours, theirs = (score.value(sums.sum(dim=0)) for sums in paired)
+        if len(self.init_times) < FEWEST_RUNS:
+            unknown = torch.full_like(ours, torch.nan)
+            return Difference(ours - theirs, unknown, unknown, (ours - theirs) / theirs, unknown, unknown)
+        drawn = self._draws(resamples, seed)
+        leads, parts = paired.shape[2:]
+        again = [
+            score.value((drawn @ sums.flatten(1)).view(-1, parts)).view(resamples, leads) for sums in paired
+        ]
+        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+        low, high = torch.nanquantile(again[0] - again[1], tails, dim=0)
+        relative_low, relative_high = torch.nanquantile((again[0] - again[1]) / again[1], tails, dim=0)
+        return Difference(ours - theirs, low, high, (ours - theirs) / theirs, relative_low, relative_high)
+
+    @property
+    def block(self) -> int:
+        """Neighbouring runs drawn together: those whose forecast times overlap, a quarter of all at most."""
+        count = len(self.init_times)
+        if count < 2:
+            return 1
+        steps = np.diff([time.timestamp() / 60 for time in self.init_times])
+        overlapping = round(self.lead_times[-1] / max(float(np.median(steps)), 1e-9))
+        return max(1, min(overlapping, count // 4))
+
+    def _draws(self, resamples: int, seed: int) -> Tensor:
+        """How often each run is in each resample (resample, run)."""
+        count = len(self.init_times)
+        random = np.random.default_rng(seed)
+        starts = random.integers(count, size=(resamples, -(-count // self.block)))
+        chosen = (starts[:, :, None] + np.arange(self.block)) % count
+        chosen = chosen.reshape(resamples, -1)[:, :count]
+        drawn = np.zeros((resamples, count))
+        np.add.at(drawn, (np.arange(resamples)[:, None], chosen), 1)
+        return torch.from_numpy(drawn)
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """The forecast's score less a baseline's by lead time; NaN where not known.
+
+    `low` and `high` span 90 %. `relative` is the difference by the baseline's score.
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+    relative: Tensor
+    relative_low: Tensor
+    relative_high: Tensor
+
+
+def perfect(score: Score) -> float:
+    """What a forecast gets that says exactly what then happens, found by asking for one."""
+    rain = torch.linspace(0, 300, 64).view(1, 1, 8, 8)  # mm/h, beyond any threshold
+    return float(score.value(score.sums(EnsembleForecast(rain[:, None]), rain))[0])
+
+
+def check_names(scores: Sequence[Score]) -> None:
+    """Refuses two scores of one name, whose sums would be one.
+
+    Raises:
+        ValueError: naming it; and if there is no score at all.
+    """
+    names = [score.name for score in scores]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise ValueError(
+            f"scores={names}: expected at least one, each once; remove a {', '.join(twice) or 'none'}"
+        )

@@ -1,0 +1,325 @@
+"""Verification: forecast runs against later observations, beside baselines on exactly the same pixels."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
+from itertools import compress
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metnet.batch import Batch
+from metnet.forecaster import Forecaster
+from metnet.rain import RainForecast, TabulatedForecast
+from metnet.scores.score import Score
+from pipelines.cube import Cube
+from pipelines.figures import Case, thinned
+from pipelines.frame import parse_time
+from pipelines.grid import Grid
+from pipelines.progress import track
+from pipelines.report import Provenance, Report, spread, text_table
+from pipelines.report_page import write
+from pipelines.runs import RUN_NAME, ForecastStore, RunHeader
+from pipelines.skill import Skill, check_names
+
+CELLS_AT_ONCE = 8_000_000  # of all lead times held at once; twelve numbers each are some 400 MB
+CASE_LEADS = 3  # of the run that the report draws
+Field = NDArray[np.float32]
+TIME = "%Y-%m-%dT%H:%MZ"
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """What was verified, and where the report lies."""
+
+    report: Report
+    folder: str
+
+    def __str__(self) -> str:
+        """The skill table."""
+        return f"{text_table(self.report)}\n\n{self.folder}/report.html, {self.folder}/report.json"
+
+
+def verify(
+    cube: str,
+    forecasts: str,
+    report: str,
+    scores: Sequence[Score],
+    baselines: Mapping[str, Forecaster],
+    reference: str = "extrapolation",
+    start: str | None = None,
+    end: str | None = None,
+    resamples: int = 1000,
+) -> Verified:
+    """Verifies every run of a forecast store that a cube holds observations for, and writes the report.
+
+    Baselines are made from the same frames that lay before the forecast. A pixel at a lead time counts
+    only where it was observed and all have a forecast.
+
+    Args:
+        cube: folder or URL of the observations.
+        forecasts: folder or URL of the forecast store.
+        report: folder for report.json and report.html; made if it is not there.
+        scores: what to compute.
+        baselines: forecasters to compare with, by name.
+        reference: the baseline that differences are told against.
+        start: first init time (ISO 8601, UTC); None: the first there is.
+        end: last init time, that one included; None: the last there is.
+        resamples: how often runs are drawn anew for intervals.
+
+    Raises:
+        ValueError: if there is nothing to verify, saying what is missing.
+    """
+    check_names(scores)
+    if reference not in baselines:
+        raise ValueError(
+            f"reference={reference}: expected one of the baselines {', '.join(baselines) or '(none)'}"
+        )
+    observations, store = Cube.open(cube), ForecastStore.open(forecasts)
+    past = _Past(observations, baselines)
+    names = _chosen(store, start, end)
+    tallies: list[_Tally] = []
+    skipped: dict[str, str] = {}
+    for name in track(names, "verifying runs", total=len(names)):
+        try:
+            tallies.append(_tally(_Run.open(store, name, past), scores))
+        except _NothingToCountError as reason:
+            skipped[name] = str(reason)
+    if not tallies:
+        raise ValueError(_nothing(observations, forecasts, skipped))
+    skill = _joined(tallies, scores, ("forecast", *baselines))
+    provenance = _provenance(observations, store, [tally.header for tally in tallies])
+    result = Report.of(skill, reference, resamples, provenance, skipped)
+    wettest = max(tallies, key=lambda tally: float(tally.rain.sum()))
+    case = _case(_Run.open(store, wettest.header.name, past), reference)
+    write(result, case, report)
+    return Verified(result, report)
+
+
+class _NothingToCountError(Exception):
+    """Why a run cannot be verified."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Past:
+    """The observations, and those who forecast from them."""
+
+    cube: Cube
+    baselines: Mapping[str, Forecaster]
+
+    @cached_property
+    def times(self) -> frozenset[datetime]:
+        """When there is a frame."""
+        return frozenset(compress(self.cube.times, self.cube.observed))
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One run, what was observed at its valid times, and the baselines' view of the past."""
+
+    header: RunHeader
+    fields: xr.Dataset
+    past: "_Past"
+    leads: tuple[int, ...]  # indices of the lead times with an observation
+
+    @classmethod
+    def open(cls, store: ForecastStore, name: str, past: "_Past") -> "_Run":
+        header, cube = store.header(name), past.cube
+        if header.grid != cube.grid:
+            raise ValueError(
+                f"run {name} of {store.path} has a grid of {_grid_text(header.grid)}, "
+                f"the cube {cube.path} one of {_grid_text(cube.grid)}; "
+                "verify against the cube that the run was forecast from"
+            )
+        valid = [header.init_time + timedelta(minutes=lead) for lead in header.lead_times]
+        leads = tuple(index for index, time in enumerate(valid) if time in past.times)
+        if not leads:
+            raise _NothingToCountError("the cube has no observation at any of its valid times")
+        if header.init_time not in past.times:
+            raise _NothingToCountError("the cube has no frame at its init time, where baselines start")
+        return cls(header, store.dataset(name), past, leads)
+
+    def blocks(self) -> Iterator[tuple[int, ...]]:
+        """The lead times to verify, a few at a time: as many as fit into memory."""
+        together = max(1, CELLS_AT_ONCE // (self.header.grid.y_size * self.header.grid.x_size))
+        for first in range(0, len(self.leads), together):
+            yield self.leads[first : first + together]
+
+    def forecast(self, leads: Sequence[int]) -> TabulatedForecast:
+        """What the store keeps of the run."""
+
+        def read(name: str, *dims: str) -> Tensor:
+            field = self.fields[name].isel(lead_time=list(leads)).compute()  # turning it unread is slow
+            return torch.from_numpy(field.transpose("lead_time", *dims, "y", "x").values)[None]
+
+        quantiles = read("rainfall_rate_quantile", "quantile")
+        levels = self.header.quantiles
+        if 0.5 not in levels:
+            levels = (*levels, 0.5)
+            quantiles = torch.cat([quantiles, read("rainfall_rate_median")[:, :, None]], dim=2)
+        exceedance = read("probability_of_exceedance", "threshold")
+        mean = read("rainfall_rate_mean")
+        return TabulatedForecast(self.header.thresholds, exceedance, levels, quantiles, mean)
+
+    def baseline(self, name: str, leads: Sequence[int]) -> RainForecast:
+        """What a baseline says from the frames up to the init time."""
+        baseline, cube = self.past.baselines[name], self.past.cube
+        frames, minutes = baseline.frames, cube.cadence.total_seconds() / 60
+        first = self.header.init_time - (frames - 1) * cube.cadence
+        batch = Batch(
+            radar=torch.from_numpy(cube.block(first, frames))[None],
+            age=minutes * torch.arange(frames - 1, -1, -1, dtype=torch.float32)[None],
+            init_time=torch.tensor([round(self.header.init_time.timestamp())]),
+            lead_time=torch.tensor([self.header.lead_times[lead] for lead in leads], dtype=torch.float32),
+            cell_size=torch.tensor([self.header.grid.cell_size], dtype=torch.float32),
+        )
+        return baseline(batch)
+
+    def observed(self, leads: Sequence[int]) -> Tensor:
+        """What was then seen (1, lead, y, x), mm/h."""
+        times = [self.header.init_time + timedelta(minutes=self.header.lead_times[lead]) for lead in leads]
+        return torch.from_numpy(np.concatenate([self.past.cube.block(time, 1) for time in times]))[None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tally:
+    """The sums of one run, by lead time in minutes."""
+
+    header: RunHeader
+    leads: tuple[float, ...]  # minutes
+    sums: Mapping[str, Tensor]  # by score: (forecaster, lead, part)
+    pixels: Tensor
+    observed: Tensor
+    rain: Tensor
+
+
+def _tally(run: _Run, scores: Sequence[Score]) -> _Tally:
+    """All scores of all forecasters of one run."""
+    blocks = [_block(run, leads, scores) for leads in run.blocks()]
+    pixels, seen, rain = torch.cat([counts for counts, _ in blocks], dim=1)
+    if not pixels.any():
+        raise _NothingToCountError("no pixel was observed where all have a forecast")
+    minutes = tuple(run.header.lead_times[lead] for lead in run.leads)
+    sums = {score.name: torch.cat([part[score.name] for _, part in blocks], dim=1) for score in scores}
+    return _Tally(run.header, minutes, sums, pixels, seen, rain)
+
+
+def _block(run: _Run, leads: Sequence[int], scores: Sequence[Score]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of some lead times: pixels that count, pixels observed and their rain; and every score's sums."""
+    forecasts = [run.forecast(leads), *(run.baseline(name, leads) for name in run.past.baselines)]
+    observed = run.observed(leads)
+    seen = (~observed.isnan()).sum(dim=(0, 2, 3))
+    for forecast in forecasts:
+        observed = observed.masked_fill(forecast.mean().isnan(), torch.nan)
+    pixels = (~observed.isnan()).sum(dim=(0, 2, 3))
+    counts = torch.stack([pixels, seen, observed.nansum(dim=(0, 2, 3), dtype=torch.float64)])
+    sums = {
+        score.name: torch.stack([score.sums(forecast, observed) for forecast in forecasts])
+        for score in scores
+    }
+    return counts, sums
+
+
+def _joined(tallies: Sequence[_Tally], scores: Sequence[Score], forecasters: tuple[str, ...]) -> Skill:
+    """All runs beside each other; a lead time that a run lacks counts nothing."""
+    lead_times = sorted({lead for tally in tallies for lead in tally.leads})
+
+    def place(tally: _Tally, values: Tensor, dim: int) -> Tensor:
+        shape = list(values.shape)
+        shape[dim] = len(lead_times)
+        index = torch.tensor([lead_times.index(lead) for lead in tally.leads])
+        return torch.zeros(shape, dtype=torch.float64).index_copy(dim, index, values)
+
+    return Skill(
+        scores=tuple(scores),
+        forecasters=forecasters,
+        init_times=tuple(tally.header.init_time for tally in tallies),
+        lead_times=tuple(lead_times),
+        sums={
+            score.name: torch.stack([place(t, t.sums[score.name], 1) for t in tallies], dim=1)
+            for score in scores
+        },
+        pixels=torch.stack([place(tally, tally.pixels, 0) for tally in tallies]),
+        observed=torch.stack([place(tally, tally.observed, 0) for tally in tallies]),
+        rain=torch.stack([place(tally, tally.rain, 0) for tally in tallies]),
+    )
+
+
+def _chosen(store: ForecastStore, start: str | None, end: str | None) -> list[str]:
+    """The names of the runs within [start, end]; names sort as their init times do."""
+    if not store.names():
+        raise ValueError(f"{store.path}: the forecast store holds no run; make one with `metnet forecast`")
+    first, last = (None if time is None else parse_time(time).strftime(RUN_NAME) for time in (start, end))
+    names = [n for n in store.names() if (first is None or n >= first) and (last is None or n <= last)]
+    if not names:
+        raise ValueError(
+            f"{store.path}: no run starts within start={start}, end={end}; "
+            f"there are {len(store.names())}, from {store.names()[0]} to {store.names()[-1]}"
+        )
+    return names
+
+
+def _nothing(cube: Cube, forecasts: str, skipped: Mapping[str, str]) -> str:
+    """Why not a single run could be verified."""
+    reasons = Counter(skipped.values())
+    told = "; ".join(f"{reason} ({count} runs)" for reason, count in reasons.most_common())
+    times = [time for time, seen in zip(cube.times, cube.observed, strict=True) if seen]
+    held = f"holds {times[0]:{TIME}} to {times[-1]:{TIME}}" if times else "holds no frame"
+    return (
+        f"{forecasts}: none of {len(skipped)} runs, {min(skipped)} to {max(skipped)}, can be verified: "
+        f"{told}. The cube {cube.path} {held}; ingest the observations that came after the forecasts"
+    )
+
+
+def _provenance(cube: Cube, store: ForecastStore, headers: Sequence[RunHeader]) -> Provenance:
+    """Which data and which model the numbers are about."""
+    attributes: dict[str, list[str]] = {}
+    for header in headers:
+        for key, value in header.attributes.items():
+            if value not in attributes.setdefault(key, []):
+                attributes[key].append(value)
+    return Provenance(
+        cube=cube.path,
+        cube_snapshot=cube.snapshot,
+        forecasts=store.path,
+        forecasts_snapshot=store.snapshot,
+        grid=cube.grid,
+        # what differs from run to run tells of the run, not of the model
+        attributes={key: v for key, v in attributes.items() if len(v) < max(2, len(headers))},
+    )
+
+
+def _case(run: _Run, baseline: str) -> Case:
+    """Some lead times of one run, as fields to look at."""
+    leads = [run.leads[index] for index in spread(len(run.leads), CASE_LEADS)]
+    threshold = min(run.header.thresholds, key=lambda rate: abs(math.log(rate)))  # mm/h; the nearest to 1
+    columns = [_case_fields(run, lead, threshold, baseline) for lead in leads]
+    observed, median, probability, other = (np.stack(rows) for rows in zip(*columns, strict=True))
+    minutes = tuple(run.header.lead_times[lead] for lead in leads)
+    return Case(run.header.init_time, minutes, threshold, baseline, observed, median, probability, other)
+
+
+def _case_fields(run: _Run, lead: int, threshold: float, baseline: str) -> list[Field]:
+    """What was observed, the forecast's median and probability, and the baseline, each (y, x)."""
+    forecast, carried = run.forecast([lead]), run.baseline(baseline, [lead])
+    fields = (
+        run.observed([lead]),
+        forecast.quantile(0.5),
+        forecast.probability_above(threshold),
+        carried.quantile(0.5),
+    )
+    return [thinned(field[0, 0].numpy()) for field in fields]
+
+
+def _grid_text(grid: Grid) -> str:
+    """The size and place of a grid, in few words."""
+    return (
+        f"{grid.y_size} x {grid.x_size} cells of {grid.cell_size / 1000:.3g} km, "
+        f"north-west cell at x={grid.x_first:g}, y={grid.y_first:g}"
+    )

@@ -1,0 +1,133 @@
+"""What sums by run say of a forecast and how sure that is."""
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metnet.scores.bias import Bias
+from metnet.scores.brier import Brier
+from metnet.scores.crps import Crps
+from metnet.scores.csi import Csi
+from metnet.scores.fss import Fss
+from metnet.scores.reliability import Reliability
+from pipelines.skill import Skill, check_names, perfect
+
+START = datetime(2020, 6, 1, tzinfo=UTC)
+
+
+def skill_of(errors: Tensor, minutes: float = 120, lead_times: tuple[float, ...] = (10.0, 30.0)) -> Skill:
+    """A skill whose CRPS of each (forecaster, run, lead) is given; every run counts 100 pixels."""
+    forecasters, runs, leads = errors.shape
+    count = torch.full((runs, leads), 100.0, dtype=torch.float64)
+    return Skill(
+        scores=(Crps(),),
+        forecasters=("forecast", "persistence", "extrapolation")[:forecasters],
+        init_times=tuple(START + i * timedelta(minutes=minutes) for i in range(runs)),
+        lead_times=lead_times[:leads],
+        sums={Crps().name: torch.stack([100 * errors.double(), count.expand_as(errors)], dim=-1)},
+        pixels=count,
+        observed=count * 2,
+        rain=count / 2,
+    )
+
+
+def noisy(runs: int, better: float, seed: int = 0, minutes: float = 120) -> Skill:
+    """Two forecasters that err alike from run to run; the first a bit less."""
+    generator = torch.Generator().manual_seed(seed)
+    weather = 1 + torch.rand(1, runs, 2, generator=generator)
+    own = 0.02 * torch.randn(2, runs, 2, generator=generator)
+    return skill_of(weather + own - torch.tensor([better, 0.0]).view(2, 1, 1), minutes)
+
+
+def test_a_score_over_all_runs_is_that_of_their_sums() -> None:
+    skill = skill_of(torch.tensor([[[1.0], [3.0]], [[2.0], [2.0]]]))
+
+    assert skill.values(Crps()).tolist() == [[2.0], [2.0]]
+
+
+def test_the_interval_of_a_paired_difference_forgets_the_weather_that_both_share() -> None:
+    difference = noisy(40, better=0.05).difference(Crps(), "persistence")
+
+    assert ((difference.low < difference.value) & (difference.value < difference.high)).all()
+    assert (difference.high < 0).all(), "a small but steady gain must be clear"
+    assert (difference.high - difference.low < 0.02).all(), "unpaired, the weather alone would span 0.2"
+
+
+def test_the_interval_is_that_of_the_classic_bootstrap_where_runs_do_not_overlap() -> None:
+    skill = noisy(30, better=0.0)
+    assert skill.block == 1
+    sums = skill.sums[Crps().name][:, :, 0, 0].numpy() / 100
+    means = (sums[0] - sums[1])[np.random.default_rng(1).integers(30, size=(20_000, 30))].mean(axis=1)
+
+    difference = skill.difference(Crps(), "persistence", resamples=5000)
+
+    np.testing.assert_allclose(
+        [float(difference.low[0]), float(difference.high[0])], np.quantile(means, [0.05, 0.95]), atol=4e-4
+    )
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    held = [
+        bool(low <= -0.01 <= high)
+        for seed in range(60)
+        for low, high in [
+            ends(noisy(25, better=0.01, seed=seed).difference(Crps(), "persistence", resamples=100))
+        ]
+    ]
+
+    assert 0.75 < np.mean(held) < 0.98
+
+
+def ends(difference) -> tuple[float, float]:
+    return float(difference.low[0]), float(difference.high[0])
+
+
+def test_overlapping_runs_are_drawn_together_and_say_less() -> None:
+    apart, overlapping = noisy(40, 0.05, minutes=120), noisy(40, 0.05, minutes=10)
+
+    assert (apart.block, overlapping.block) == (1, 3)
+
+    copied = torch.randn(2, 10, 1, generator=torch.Generator().manual_seed(1)).repeat_interleave(4, dim=1) + 5
+    wide = skill_of(copied, minutes=5, lead_times=(20.0,)).difference(Crps(), "persistence")
+    narrow = skill_of(copied, minutes=120, lead_times=(20.0,)).difference(Crps(), "persistence")
+    assert float(wide.high - wide.low) > 1.4 * float(narrow.high - narrow.low)
+
+
+def test_a_handful_of_runs_has_no_interval_but_a_difference() -> None:
+    difference = noisy(4, better=0.05).difference(Crps(), "persistence")
+
+    assert difference.value.isfinite().all()
+    assert difference.low.isnan().all() and difference.relative_high.isnan().all()
+
+
+def test_the_same_runs_give_the_same_interval() -> None:
+    first, second = (noisy(20, 0.05).difference(Crps(), "persistence") for _ in range(2))
+
+    assert torch.equal(first.low, second.low) and torch.equal(first.relative_high, second.relative_high)
+
+
+def test_relative_differences_are_shares_of_the_baseline() -> None:
+    skill = skill_of(torch.tensor([1.5, 2.0]).view(2, 1, 1).expand(2, 6, 1))
+
+    difference = skill.difference(Crps(), "persistence")
+
+    assert float(difference.relative[0]) == pytest.approx(-0.25)
+    assert float(difference.relative_low[0]) == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize(
+    "score, best",
+    [(Crps(), 0), (Brier(5.0), 0), (Csi(10.0), 1), (Fss(5.0), 1), (Reliability(1.0), 0), (Bias(), 0)],
+)
+def test_a_perfect_forecast_shows_what_is_best(score, best: float) -> None:
+    assert perfect(score) == pytest.approx(best, abs=1e-6)
+
+
+def test_two_scores_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="Brier >= 1 mm/h"):
+        check_names([Brier(1.0), Crps(), Brier(1.0)])
+    with pytest.raises(ValueError, match="at least one"):
+        check_names([])

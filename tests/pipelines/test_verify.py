@@ -1,0 +1,353 @@
+"""Forecast runs against what was then observed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from metnet.batch import Batch
+from metnet.rain import EnsembleForecast, RainForecast
+from metnet.scores.brier import Brier
+from metnet.scores.crps import Crps
+from metnet.scores.csi import Csi
+from metnet.scores.fss import Fss
+from pipelines import cf
+from pipelines.cube import Cube
+from pipelines.frame import Frame
+from pipelines.grid import Grid
+from pipelines.runs import ForecastStore, RunBlock, RunHeader
+from pipelines.verify import Verified, verify
+
+START = datetime(2020, 6, 1, tzinfo=UTC)
+CADENCE = timedelta(minutes=5)
+GRID = Grid("EPSG:3035", 4_000_000.0, 1000.0, 24, 3_000_000.0, -1000.0, 20)
+FRAMES = 20
+LEADS = (5.0, 10.0, 15.0)
+THRESHOLDS = (0.1, 1.0, 5.0)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SCORES = (Crps(), Brier(1.0), Csi(1.0), Fss(1.0, cells=3))
+Fields = np.ndarray
+
+
+@dataclass(frozen=True)
+class Newest:
+    """Persistence without its own file: the newest frame stays."""
+
+    frames: int = 1
+
+    def __call__(self, batch: Batch) -> EnsembleForecast:
+        newest = batch.radar[:, -1, None, None]
+        return EnsembleForecast(newest.expand(-1, -1, len(batch.lead_time), -1, -1))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of three frames, which knows nothing of some columns."""
+
+    frames: int = 3
+    unknown: tuple[int, ...] = ()  # columns
+
+    def __call__(self, batch: Batch) -> EnsembleForecast:
+        mean = batch.radar.nanmean(dim=1)
+        mean[..., list(self.unknown)] = torch.nan
+        return EnsembleForecast(mean[:, None, None].expand(-1, -1, len(batch.lead_time), -1, -1))
+
+
+BASELINES = {"persistence": Newest(), "extrapolation": Mean()}
+
+
+@dataclass(frozen=True)
+class Spy:
+    """A score that keeps what it is shown."""
+
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    name: str = "pixels"
+
+    def sums(
+        self, forecast: RainForecast, observed: Float[Tensor, "batch lead y x"]
+    ) -> Float64[Tensor, "lead part"]:
+        self.seen.append((forecast.mean(), observed))
+        return (~observed.isnan()).sum(dim=(0, 2, 3), dtype=torch.float64)[:, None]
+
+    def value(self, sums: Float64[Tensor, "lead part"]) -> Float64[Tensor, "lead"]:
+        return sums[:, 0]
+
+
+def storm(index: int) -> Fields:
+    """A shower that drifts two cells a frame, in drizzle; dry elsewhere."""
+    y, x = np.mgrid[: GRID.y_size, : GRID.x_size]
+    shower = 12 * np.exp(-((y - 10) ** 2 + (x - (2 * index) % 24) ** 2) / 12)
+    drizzle = 0.4 * np.random.default_rng(index).random(GRID.shape)
+    return np.where(shower + drizzle > 0.3, shower + drizzle, 0).astype(np.float32)
+
+
+def fill(path: Path, missing: tuple[int, ...] = (), gap: tuple[int, ...] = ()) -> Cube:
+    cube = Cube.open_or_create(str(path), GRID, cf.RAINFALL_RATE, START, CADENCE)
+    frames = []
+    for index in set(range(FRAMES)) - set(missing):
+        rate = storm(index)
+        rate[:3, :4] = np.nan
+        if index in gap:
+            rate[:] = np.nan
+        frames.append(
+            Frame(cf.RAINFALL_RATE, START + index * CADENCE, CADENCE, GRID, rate, "test", f"{index + 1:064x}")
+        )
+    cube.write(frames)
+    return cube
+
+
+def says(index: int) -> Fields:
+    """Six members about what will be (lead, y, x)."""
+    random = np.random.default_rng(100 + index)
+    truth = np.stack([storm(index + 1 + lead) for lead in range(len(LEADS))])
+    return np.stack([truth * random.gamma(4, 0.25, truth.shape) for _ in range(6)]).astype(np.float32)
+
+
+def knows(index: int) -> Fields:
+    """One member that will be right."""
+    return np.stack([storm(index + 1 + lead) for lead in range(len(LEADS))])[None]
+
+
+def forecast_into(
+    path: Path,
+    indices: range,
+    members: Callable[[int], Fields],
+    grid: Grid = GRID,
+    leads: tuple[float, ...] = LEADS,
+) -> ForecastStore:
+    store = ForecastStore.open_or_create(str(path))
+    for index in indices:
+        said = EnsembleForecast(torch.from_numpy(members(index))[None, :, : len(leads)].float())
+        header = RunHeader(
+            START + index * CADENCE, grid, leads, THRESHOLDS, LEVELS, {"model": "of the tests"}
+        )
+        block = RunBlock(
+            slice(None),
+            slice(None),
+            slice(None),
+            torch.stack([said.probability_above(threshold)[0] for threshold in THRESHOLDS], dim=1).numpy(),
+            torch.stack([said.quantile(level)[0] for level in LEVELS]).numpy(),
+            said.quantile(0.5)[0].numpy(),
+            said.mean()[0].numpy(),
+        )
+        store.write_run(header, [block])
+    return store
+
+
+@pytest.fixture(scope="module")
+def cube(tmp_path_factory: pytest.TempPathFactory) -> Cube:
+    return fill(tmp_path_factory.mktemp("world") / "cube")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ForecastStore:
+    return forecast_into(tmp_path_factory.mktemp("world") / "forecasts", range(3, 15, 2), says)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page takes longer to draw than the numbers to compute, and has its own tests."""
+    monkeypatch.setattr(
+        "pipelines.report_page.as_html", lambda report, case: f"{case.init_time} {case.lead_times}"
+    )
+
+
+def verified(cube: Cube, store: ForecastStore, folder: Path, **keys: object) -> Verified:
+    arguments = {"scores": SCORES, "baselines": BASELINES, "resamples": 50, **keys}
+    return verify(cube.path, store.path, str(folder), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_forecast_that_knew_it_all_is_perfect_and_its_baselines_are_not(cube: Cube, tmp_path: Path) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(3, 9), knows)
+
+    skill = verified(cube, store, tmp_path / "report").report.skill
+
+    assert skill.values(SCORES[1])[0].tolist() == [0.0] * 3
+    assert skill.values(SCORES[2])[0].tolist() == [1.0] * 3
+    torch.testing.assert_close(skill.values(SCORES[3])[0], torch.ones(3, dtype=torch.float64))
+    crps = skill.values(SCORES[0])
+    assert (crps[0] < 0.05 * crps[1:]).all()  # the store keeps points of the distribution, not all of it
+    assert (skill.values(SCORES[2])[1:] < 0.9).all()
+
+
+def test_the_numbers_are_those_of_a_loop_over_pixels(cube: Cube, tmp_path: Path) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(4, 7), says)
+
+    skill = verified(cube, store, tmp_path / "report").report.skill
+
+    brier = np.zeros((3, 3))
+    for lead in range(3):
+        total, count = np.zeros(3), 0
+        for index in range(4, 7):
+            event = storm(index + 1 + lead) >= 1.0
+            said = [
+                (says(index)[:, lead] >= 1.0).mean(axis=0),
+                storm(index) >= 1.0,
+                (storm(index) + storm(index - 1) + storm(index - 2)) / 3 >= 1.0,
+            ]
+            for y, x in np.ndindex(GRID.shape):
+                if y < 3 and x < 4:
+                    continue  # not observed
+                total += [(float(p[y, x]) - event[y, x]) ** 2 for p in said]
+                count += 1
+        brier[:, lead] = total / count
+    np.testing.assert_allclose(skill.values(Brier(1.0)).numpy(), brier, atol=1e-6)
+
+
+def test_all_forecasters_are_asked_at_the_same_pixels_those_that_all_know(cube: Cube, tmp_path: Path) -> None:
+    def some(index: int) -> Fields:
+        members = says(index)
+        members[:, :, 15:] = np.nan  # the forecast knows nothing of the south
+        return members
+
+    store = forecast_into(tmp_path / "forecasts", range(4, 6), some)
+    spy = Spy()
+    baselines = {"persistence": Newest(), "extrapolation": Mean(unknown=(20, 21, 22, 23))}
+
+    skill = verified(cube, store, tmp_path / "report", scores=[spy], baselines=baselines).report.skill
+
+    expected = np.ones(GRID.shape, bool)
+    expected[:3, :4] = expected[15:] = expected[:, 20:] = False
+    assert len(spy.seen) >= 6
+    asked = spy.seen[:6]  # two runs of three forecasters; what follows is `perfect`
+    for mean, observed in asked:
+        assert (~observed[0].isnan() == torch.from_numpy(expected)).all()
+        assert not mean[:, :, torch.from_numpy(expected)].isnan().any()
+    assert skill.pixels.tolist() == [[expected.sum()] * 3] * 2
+    assert skill.observed.tolist() == [[GRID.y_size * GRID.x_size - 12] * 3] * 2
+
+
+def test_few_lead_times_at_once_give_the_same_scores(
+    cube: Cube, store: ForecastStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = verified(cube, store, tmp_path / "whole").report.skill
+
+    monkeypatch.setattr("pipelines.verify.CELLS_AT_ONCE", 1)
+    parts = verified(cube, store, tmp_path / "parts").report.skill
+
+    for score in SCORES:
+        torch.testing.assert_close(parts.sums[score.name], whole.sums[score.name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_counts_at_the_lead_times_that_were_observed(tmp_path: Path) -> None:
+    cube = fill(tmp_path / "cube", missing=(6,), gap=(12,))
+    store = forecast_into(tmp_path / "forecasts", range(3, 20), says)
+
+    result = verified(cube, store, tmp_path / "report").report
+
+    counted = dict(zip(result.skill.init_times, (result.skill.pixels > 0).tolist(), strict=True))
+    assert counted[START + 3 * CADENCE] == [True, True, False]  # frame 6 is missing
+    assert counted[START + 4 * CADENCE] == [True, False, True]
+    assert counted[START + 10 * CADENCE] == [True, False, True]  # frame 12 saw nothing
+    assert counted[START + 18 * CADENCE] == [True, False, False]  # the cube ends
+    reasons = result.skipped
+    assert set(reasons) == {"20200601T003000Z", "20200601T010000Z", "20200601T013500Z"}
+    assert "no frame at its init time" in reasons["20200601T003000Z"]
+    assert "all have a forecast" in reasons["20200601T010000Z"]  # persistence of nothing
+    assert "no observation" in reasons["20200601T013500Z"]
+
+
+def test_lead_times_between_two_frames_are_not_verified(cube: Cube, tmp_path: Path) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(4, 6), says, leads=(5.0, 7.0, 10.0))
+
+    assert verified(cube, store, tmp_path / "report").report.skill.lead_times == (5.0, 10.0)
+
+
+def test_runs_of_other_lead_times_stand_beside_each_other(cube: Cube, tmp_path: Path) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(4, 6), says, leads=(5.0, 10.0))
+    forecast_into(tmp_path / "forecasts", range(6, 7), says, leads=(10.0, 15.0))
+
+    skill = verified(cube, store, tmp_path / "report").report.skill
+
+    assert skill.lead_times == (5.0, 10.0, 15.0)
+    assert (skill.pixels > 0).tolist() == [[True, True, False], [True, True, False], [False, True, True]]
+    assert skill.values(SCORES[0]).isfinite().all()
+
+
+def test_start_and_end_choose_runs_by_init_time(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
+    keys = {"start": "2020-06-01T00:25", "end": "2020-06-01T00:45Z"}
+
+    skill = verified(cube, store, tmp_path / "report", **keys).report.skill
+
+    assert [time.strftime("%H:%M") for time in skill.init_times] == ["00:25", "00:35", "00:45"]
+
+
+def test_a_run_on_another_grid_is_refused(cube: Cube, tmp_path: Path) -> None:
+    shifted = replace(GRID, x_first=GRID.x_first + 500)
+    store = forecast_into(tmp_path / "forecasts", range(4, 5), says, grid=shifted)
+
+    with pytest.raises(ValueError, match=r"20200601T002000Z .* grid .* verify against the cube"):
+        verified(cube, store, tmp_path / "report")
+
+
+def test_a_store_without_runs_is_refused(cube: Cube, tmp_path: Path) -> None:
+    store = ForecastStore.open_or_create(str(tmp_path / "forecasts"))
+
+    with pytest.raises(ValueError, match="holds no run"):
+        verified(cube, store, tmp_path / "report")
+
+
+def test_forecasts_of_a_future_without_observations_are_refused_with_what_the_cube_holds(
+    cube: Cube, tmp_path: Path
+) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(FRAMES - 1, FRAMES), says)
+
+    with pytest.raises(ValueError, match=r"none of 1 runs.*2020-06-01T00:00Z to 2020-06-01T01:35Z"):
+        verified(cube, store, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_period_without_runs_is_refused_with_those_there_are(
+    cube: Cube, store: ForecastStore, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="there are 6, from 20200601T001500Z to 20200601T010500Z"):
+        verified(cube, store, tmp_path / "report", start="2021-01-01")
+
+
+def test_a_reference_that_is_no_baseline_is_refused(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="reference=steps: expected one of the baselines persistence, extrapolation"
+    ):
+        verified(cube, store, tmp_path / "report", reference="steps")
+
+
+def test_the_result_reads_as_a_table_and_says_where_the_report_is(
+    cube: Cube, store: ForecastStore, tmp_path: Path
+) -> None:
+    text = str(verified(cube, store, tmp_path / "report"))
+
+    lines = text.splitlines()
+    assert lines[0].startswith("At 15 minutes the forecast's CRPS is ")
+    assert "6 runs from 2020-06-01 00:15 to 2020-06-01 01:05 UTC" in lines[1]
+    assert [line.split()[0] for line in lines if "persistence" in line] == ["persistence"] * len(SCORES)
+    assert str(tmp_path / "report") in lines[-1]
+    assert all(len(line) < 200 for line in lines)
+
+
+def test_the_report_names_the_snapshots_and_the_model(
+    cube: Cube, store: ForecastStore, tmp_path: Path
+) -> None:
+    verified(cube, store, tmp_path / "report")
+
+    numbers = json.loads((tmp_path / "report" / "report.json").read_text())
+
+    assert numbers["cube"] == {"path": cube.path, "snapshot": cube.snapshot}
+    assert numbers["forecasts"]["snapshot"] == ForecastStore.open(store.path).snapshot
+    assert numbers["provenance"] == {"model": ["of the tests"]}
+
+
+def test_the_page_shows_the_run_with_the_most_rain(cube: Cube, tmp_path: Path) -> None:
+    rain = {index: sum(np.nansum(storm(index + 1 + lead)) for lead in range(3)) for index in range(3, 15)}
+    store = forecast_into(tmp_path / "forecasts", range(3, 15), says)
+
+    verified(cube, store, tmp_path / "report")
+
+    wettest = START + max(rain, key=lambda index: rain[index]) * CADENCE
+    assert (tmp_path / "report" / "report.html").read_text() == f"{wettest} (5.0, 10.0, 15.0)"
