@@ -1,0 +1,31 @@
+"""The HTTP service: every output mounted on one reader of forecasts."""
+
+from collections.abc import Callable, Sequence
+
+from fastapi import APIRouter, FastAPI
+
+from pipelines.version import version
+from serve import edr, health, page, point, problems, tiles
+from serve.forecasts import Forecasts
+from serve.guard import Guard
+
+Output = Callable[[Forecasts], APIRouter]
+"""A kind of answer: given the forecasts, its routes."""
+
+OUTPUTS: tuple[Output, ...] = (page.routes, tiles.routes, point.routes, edr.routes, health.routes)
+
+
+def create_app(forecasts: Forecasts, more_outputs: Sequence[Output] = (), max_in_flight: int = 64) -> FastAPI:
+    """The service over these forecasts; beyond `max_in_flight` requests at a time it answers 503."""
+    app = FastAPI(
+        title="metnet nowcast",
+        summary="A probabilistic rain forecast for the next hours",
+        version=version(),
+        docs_url=None,  # both pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    problems.install(app)
+    for output in (*OUTPUTS, *more_outputs):
+        app.include_router(output(forecasts))
+    app.add_middleware(Guard, max_in_flight=max_in_flight)
+    return app

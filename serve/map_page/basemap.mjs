@@ -1,0 +1,92 @@
+/** The base map: land, borders and towns from files of this server (Natural Earth), without glyphs or tiles from elsewhere. */
+
+import { feature, mesh } from "./vendor/topojson-client.mjs";
+
+const WATER = "#c9d1d6";
+const LAND = "#f4f3ef";
+const BORDER = "#8e979e";
+const INK = "#27323b";
+const SHOWN = ["<=", ["get", "rank"], ["step", ["zoom"], 1, 3.6, 2, 5, 3]]; // towns of each rank, by zoom
+const FONT = ["system-ui, sans-serif"];
+
+/** The layer below which rain is drawn: land lies under it, borders and names over it. */
+export const ABOVE_RAIN = "borders";
+
+/** The MapLibre style. */
+export async function basemap() {
+  const [world, states, places] = await Promise.all(
+    ["vendor/countries-50m.json", "vendor/states-10m.json", "places.json"].map(load),
+  );
+  const geojson = (data) => ({ type: "geojson", data });
+  return {
+    version: 8,
+    sources: {
+      land: { ...geojson(feature(world, world.objects.land)), attribution: "Natural Earth" },
+      borders: geojson(mesh(world, world.objects.countries, (a, b) => a !== b)),
+      coast: geojson(mesh(world, world.objects.countries, (a, b) => a === b)),
+      states: geojson(mesh(states, states.objects.states, (a, b) => a !== b)),
+      graticule: geojson(graticule(10)),
+      towns: geojson(towns(places)),
+    },
+    layers: [
+      { id: "water", type: "background", paint: { "background-color": WATER } },
+      { id: "land", type: "fill", source: "land", paint: { "fill-color": LAND } },
+      line("graticule", { "line-color": "#aab4bb", "line-width": 0.5, "line-opacity": 0.6 }),
+      line("borders", { "line-color": BORDER, "line-width": ["interpolate", ["linear"], ["zoom"], 2, 0.6, 8, 1.6] }),
+      line("states", { "line-color": BORDER, "line-width": 0.7, "line-dasharray": [3, 2] }, 3.5),
+      line("coast", { "line-color": "#6d7880", "line-width": ["interpolate", ["linear"], ["zoom"], 2, 0.5, 8, 1.3] }),
+      {
+        id: "town-dots",
+        type: "circle",
+        source: "towns",
+        filter: SHOWN,
+        paint: { "circle-radius": 2.2, "circle-color": INK, "circle-stroke-color": "#fff", "circle-stroke-width": 1 },
+      },
+      {
+        id: "towns",
+        type: "symbol",
+        source: "towns",
+        filter: SHOWN,
+        layout: {
+          "text-field": ["get", "name"],
+          "text-font": FONT,
+          "text-size": ["interpolate", ["linear"], ["zoom"], 3, 11, 8, 14],
+          "text-variable-anchor": ["left", "right", "top", "bottom"],
+          "text-radial-offset": 0.45,
+          "text-justify": "auto",
+          "symbol-sort-key": ["get", "rank"],
+        },
+        paint: { "text-color": INK, "text-halo-color": "rgb(255 255 255 / 85%)", "text-halo-width": 1.4 },
+      },
+    ],
+  };
+}
+
+async function load(name) {
+  const answer = await fetch(new URL(name, import.meta.url));
+  if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
+  return answer.json();
+}
+
+function line(id, paint, minzoom = 0) {
+  return { id, type: "line", source: id, minzoom, paint, layout: { "line-join": "round" } };
+}
+
+/** Meridians and parallels, `step` degrees apart. */
+function graticule(step) {
+  const lines = [];
+  for (let lon = -180; lon <= 180; lon += step) lines.push([[lon, -80], [lon, 80]]);
+  for (let lat = -80; lat <= 80; lat += step) lines.push([[-180, lat], [180, lat]]);
+  return { type: "MultiLineString", coordinates: lines };
+}
+
+function towns(places) {
+  return {
+    type: "FeatureCollection",
+    features: places.map(([name, lat, lon, rank]) => ({
+      type: "Feature",
+      properties: { name, rank },
+      geometry: { type: "Point", coordinates: [lon, lat] },
+    })),
+  };
+}

@@ -1,0 +1,261 @@
+"""What holds for every answer: caching, headers, methods, limits, and problems that tell nothing they should not."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import pytest
+from fastapi import APIRouter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.app import Output, create_app
+from serve.forecasts import Forecasts
+from serve.page import FILES, FOLDER
+from tests.serve.conftest import INIT, Client, Service, write
+
+ROOT = Path(__file__).parents[2]
+GOOD = [
+    "/",
+    "/?f=json",
+    "/runs",
+    "/forecast?lat=47&lon=8",
+    "/tiles/latest/rainfall_rate_mean/10/5/16/11.png",
+    "/conformance",
+    "/collections",
+    "/collections/nowcast",
+    "/collections/nowcast/position?coords=POINT(8 47)",
+    "/static/map.mjs",
+]
+
+
+def test_the_server_knows_no_torch() -> None:
+    """What is served is data: neither the framework nor the engine is loaded."""
+    code = (
+        "import sys, serve.server; "
+        "print([m for m in ('torch', 'lightning', 'metnet', 'hydra', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("address", GOOD)
+def test_the_same_question_has_the_same_bytes_and_tag_and_then_304(service: Service, address: str) -> None:
+    first = service.client.get(address)
+    again = Client(create_app(Forecasts(str(service.path), clock=service.clock))).get(address)
+    assert first.status_code == 200
+    assert (again.content, again.headers["etag"]) == (first.content, first.headers["etag"])
+    assert not first.headers["etag"].startswith("W/")
+    for tags in (
+        first.headers["etag"],
+        f'"other", {first.headers["etag"]}',
+        f"W/{first.headers['etag']}",
+        "*",
+    ):
+        unchanged = service.client.get(address, {"if-none-match": tags})
+        assert (unchanged.status_code, unchanged.content) == (304, b"")
+        assert unchanged.headers["etag"] == first.headers["etag"]
+    assert service.client.get(address, {"if-none-match": '"other"'}).content == first.content
+
+
+def test_other_questions_have_other_tags(service: Service) -> None:
+    others = [
+        *GOOD,
+        "/forecast?lat=47&lon=8.1",
+        "/tiles/latest/rainfall_rate_mean/20/5/16/11.png",
+        "/tiles/latest/rainfall_rate_median/10/5/16/11.png",
+        "/collections/nowcast/position?coords=POINT(8 47)&datetime=2019-06-10T01:00:00Z",
+        "/collections/nowcast/position?coords=POINT(8 47)&parameter-name=rainfall_rate_mean",
+    ]
+    assert len({service.client.get(address).headers["etag"] for address in others}) == len(others)
+
+
+def test_a_new_run_and_old_age_change_the_tag_of_latest(own_service: Service) -> None:
+    address = "/forecast?lat=47&lon=8"
+    tags = [own_service.client.get(address).headers["etag"]]
+    own_service.clock.now = INIT + timedelta(hours=2)
+    stale = own_service.client.get(address, {"if-none-match": tags[0]})
+    assert stale.status_code == 200
+    assert stale.json()["stale"] is True
+    tags.append(stale.headers["etag"])
+    write(own_service.path, INIT + timedelta(hours=1, minutes=50))
+    fresh = own_service.client.get(address, {"if-none-match": tags[1]})
+    assert fresh.status_code == 200
+    assert fresh.json()["run"] == "20190610T022000Z"
+    assert fresh.json()["stale"] is False
+
+
+def test_health_tells_how_fresh_the_newest_run_is(own_service: Service) -> None:
+    healthy = own_service.client.get("/healthz")
+    assert healthy.json() == {
+        "status": "ok",
+        "snapshot": own_service.forecasts.run().snapshot,
+        "run": "20190610T003000Z",
+        "init_time": "2019-06-10T00:30:00Z",
+    }
+    assert healthy.headers["cache-control"] == "no-store"
+    own_service.clock.now += timedelta(hours=1)
+    assert own_service.client.get("/healthz").json()["status"] == "stale"
+
+
+@pytest.mark.parametrize("address", [*GOOD, "/healthz", "/nowhere", "/forecast?lat=x", "/openapi.json"])
+def test_every_answer_carries_the_security_headers(service: Service, address: str) -> None:
+    headers = service.client.get(address).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert "unsafe" not in headers["content-security-policy"]
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("address", GOOD)
+def test_head_has_the_headers_of_get_and_no_body(service: Service, address: str) -> None:
+    got, head = service.client.get(address), service.client.request("HEAD", address)
+    assert head.content == b""
+    assert head.status_code == 200
+    for name in ("etag", "content-type", "content-length", "cache-control"):
+        assert head.headers[name] == got.headers[name]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
+def test_nothing_but_get_and_head_is_let_in(service: Service, method: str) -> None:
+    answer = service.client.request(method, "/forecast?lat=47&lon=8")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET, HEAD"
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_long_address_is_refused(service: Service) -> None:
+    assert service.client.get("/forecast?lat=" + "4" * 5000).status_code == 414
+
+
+def failing(forecasts: Forecasts) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("secret in /home/someone")
+
+    return router
+
+
+def test_a_fault_of_ours_is_a_500_that_tells_no_secret(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = Client(create_app(service.forecasts, more_outputs=[failing])).get("/broken")
+    assert answer.status_code == 500
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "secret" not in answer.text
+    assert "secret in /home/someone" in caplog.text
+
+
+def waiting(gate: asyncio.Event) -> Output:
+    def routes(forecasts: Forecasts) -> APIRouter:
+        router = APIRouter()
+
+        @router.get("/slow")
+        async def slow() -> dict[str, str]:
+            await gate.wait()
+            return {}
+
+        return router
+
+    return routes
+
+
+def test_beyond_its_limit_the_service_says_when_to_come_back(service: Service) -> None:
+    async def crowd() -> tuple[httpx.Response, httpx.Response, list[httpx.Response]]:
+        gate = asyncio.Event()
+        app = create_app(service.forecasts, more_outputs=[waiting(gate)], max_in_flight=3)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app), base_url="http://test"
+        ) as client:
+            inside = [asyncio.create_task(client.get("/slow")) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            refused, health = await client.get("/runs"), await client.get("/healthz")
+            gate.set()
+            return refused, health, await asyncio.gather(*inside)
+
+    refused, health, served = asyncio.run(crowd())
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert health.status_code == 200
+    assert [answer.status_code for answer in served] == [200, 200, 200]
+
+
+def hrefs() -> Iterator[str]:
+    text = (FOLDER / "index.html").read_text()
+    yield from (part.split('"')[0] for part in text.replace('src="', 'href="').split('href="')[1:])
+
+
+def test_the_page_and_all_it_names_come_from_this_server(service: Service) -> None:
+    page = service.client.get("/", {"accept": "text/html,application/json;q=0.9"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["vary"] == "Accept"
+    names = list(hrefs())
+    assert len(names) > 4
+    for name in names:
+        assert service.client.get("/" + name).status_code == 200
+    assert "<script>" not in page.text
+    assert " style=" not in page.text
+    for name in FILES:
+        body = service.client.get(f"/static/{name}")
+        assert body.content == (FOLDER / name).read_bytes()
+
+
+def test_nothing_else_of_the_disk_is_served(service: Service) -> None:
+    for name in (
+        "VENDOR.md",
+        "vendor/VENDOR.md",
+        "../page.py",
+        "..%2fpage.py",
+        "/etc/passwd",
+        "map.mjs/",
+        "",
+        "vendor",
+    ):
+        assert service.client.get(f"/static/{name}").status_code == 404
+
+
+def test_the_page_is_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 3 * 2**20
+
+
+def test_runs_list_what_the_page_needs(service: Service) -> None:
+    listed = service.client.get("/runs").json()
+    (run,) = listed["runs"]
+    assert [lead["lead_time"] for lead in run["leads"]] == ["10", "20", "30", "40", "50", "60"]
+    assert run["made_by"] == {"forecaster": "a test"}
+    assert {quantity["kind"] for quantity in run["quantities"]} == set(listed["legends"])
+    for quantity in run["quantities"]:
+        tile = f"/tiles/{run['name']}/{quantity['name']}/{run['leads'][0]['lead_time']}/0/0/0.png"
+        assert service.client.get(tile).status_code == 200
+
+
+def test_the_description_of_the_interface_names_every_route(service: Service) -> None:
+    paths = service.client.get("/openapi.json").json()["paths"]
+    assert {
+        "/",
+        "/runs",
+        "/tiles/{run}/{quantity}/{lead}/{z}/{x}/{y}.png",
+        "/forecast",
+        "/conformance",
+        "/collections",
+        "/collections/{collection}",
+        "/collections/{collection}/position",
+        "/healthz",
+    } == set(paths)
+    assert all(set(methods) == {"get"} for methods in paths.values())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=40))
+def test_no_address_breaks_the_service(service: Service, path: str) -> None:
+    assert service.client.get("/" + quote(path, errors="ignore")).status_code in (200, 400, 404)
