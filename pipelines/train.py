@@ -1,0 +1,308 @@
+"""`train`: a cube, a network and a trainer -> a run folder with `model.safetensors` and `model.json`."""
+
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save
+
+from metnet.model import MetNet
+from pipelines.cube import Cube
+from pipelines.frame import parse_time
+from pipelines.samples import Samples, Span, split
+from pipelines.task import Learning, RadarData, Task
+from pipelines.trained import CARD, WEIGHTS, read_card
+from pipelines.version import version
+
+CONFIG = "config.json"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a call of `train` leaves behind."""
+
+    run: Path
+    steps: int
+    seconds: float  # of training, over all calls that shared the run
+    parameters: int
+    validation: Mapping[str, float]  # val_loss, val_crps, val_crps_persistence; empty without validation
+    before: bool = False  # the run was finished already and nothing was done
+
+    def __str__(self) -> str:
+        """For a person at a terminal."""
+        head = f"{self.run}: " + ("finished before, nothing to do" if self.before else "trained")
+        size = f"{self.parameters:,} parameters, {self.steps} steps in {self.seconds:.0f} s"
+        if not self.validation:
+            return f"{head}\n  {size}\n  no validation"
+        scores = self.validation
+        return (
+            f"{head}\n  {size}\n  validation: CRPS {scores['val_crps']:.4f} mm/h "
+            f"(persistence {scores['val_crps_persistence']:.4f}), cross-entropy {scores['val_loss']:.4f} nats"
+        )
+
+
+def train(
+    cube: str,
+    run: str,
+    model: Callable[[], MetNet],
+    trainer: Callable[..., Trainer],
+    lead_times: Sequence[float],
+    config: Mapping[str, Any],
+    learning_rate: float = 2e-3,
+    batch_size: int = 4,
+    crop: int = 128,
+    validation: float = 0.15,
+    validation_samples: int = 16,
+    check_every: int = 100,
+    leads_per_step: int = 4,
+    augment: bool = True,
+    seed: int = 0,
+    start: str | None = None,
+    end: str | None = None,
+) -> Trained:
+    """Trains `model` on a cube to the trainer's limit; the same call again goes on where the last one ended.
+
+    Args:
+        cube: folder or URL.
+        run: folder for checkpoints, logs and the finished model.
+        model: makes the network, once the seed is set.
+        trainer: makes Lightning's trainer from logger, callbacks and switches; holds the limits.
+        lead_times: minutes, multiples of the cube's cadence.
+        config: the whole call as it was resolved; `config["model"]` must make the network again.
+        learning_rate: of AdamW, at its highest.
+        batch_size: samples of a step.
+        crop: side of a sample in cells.
+        validation: share of the init times, at the end of the cube.
+        validation_samples: how many samples are drawn from these, always the same.
+        check_every: steps from one checkpoint (and validation) to the next.
+        leads_per_step: how many of the lead times, drawn anew, a step learns from; validation takes all.
+        augment: turn and mirror the training samples at random.
+        seed: of the weights and of the samples.
+        start: the first valid time of the cube to use, ISO 8601; None: the cube's first.
+        end: the last valid time to use, of targets too; None: the cube's last.
+
+    Raises:
+        ValueError: if there is no cube or too little of it, a lead time is no multiple of its cadence, the
+            run folder belongs to another call, or the loss stops being finite.
+    """
+    folder = Path(run)
+    finished = _finished(folder, config)
+    if finished is not None:
+        return finished
+    opened = Cube.open(cube)
+    seed_everything(seed, verbose=False)
+    network = model()
+    span = Span.of(opened.cadence, network.frames, lead_times)
+    used = _between(opened, start, end)
+    parts = split(opened.observed[used], span, validation).later(used.start)
+    if validation and not len(parts.validation):
+        log.warning(
+            "%s has %d frames: too few to keep some for validation, all are trained on",
+            cube,
+            opened.observed.sum(),
+        )
+    training = Samples(opened, parts.training, span, crop, seed=seed, augment=augment)
+    kept = (
+        Samples(opened, parts.validation, span, crop, validation_samples, seed + 1)
+        if len(parts.validation)
+        else None
+    )
+    data = RadarData(training, kept, batch_size, check_every)
+    _begin(folder, config, opened.snapshot)
+    task = Task(network, Learning(learning_rate), leads_per_step, seed)
+    with _quiet():
+        fitted = _fit(trainer, task, data, folder)
+    return _finish(folder, config, opened, span, crop, task, fitted)
+
+
+def _between(cube: Cube, start: str | None, end: str | None) -> slice:
+    """The steps of the cube's time axis within [start, end]."""
+    low = parse_time(start) if start else cube.times[0]
+    high = parse_time(end) if end else cube.times[-1]
+    before = sum(time < low for time in cube.times)
+    return slice(before, before + sum(low <= time <= high for time in cube.times))
+
+
+def _finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
+    """The result of a run that this very call has finished before.
+
+    Raises:
+        ValueError: if the folder belongs to a call with other settings than how long to train.
+    """
+    started = folder / CONFIG
+    if started.is_file():
+        before = json.loads(started.read_text())["config"]
+        differing = sorted(
+            key
+            for key in {*before, *config} - {"trainer", "run"}
+            if before.get(key) != _plain(config).get(key)
+        )
+        if differing:
+            named = ", ".join(f"{key}={config.get(key)} (it was {before.get(key)})" for key in differing)
+            raise ValueError(
+                f"run={folder} was started with other settings: {named}; choose another run folder"
+            )
+    card = read_card(folder)
+    if card is None or card["config"].get("trainer") != _plain(config).get("trainer"):
+        return None
+    return Trained(
+        folder, card["steps"], card["seconds"], card["parameters"], card["validation"], before=True
+    )
+
+
+def _begin(folder: Path, config: Mapping[str, Any], snapshot: str) -> None:
+    """Writes down what the run was started with; warns if the cube has changed since."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = folder / CONFIG
+    if started.is_file():
+        before = json.loads(started.read_text())["cube_snapshot"]
+        if before != snapshot:
+            log.warning(
+                "%s goes on with a cube that has changed: snapshot %s, then %s", folder, before, snapshot
+            )
+    _replace(started, json.dumps({"config": config, "cube_snapshot": snapshot}, indent=2).encode())
+
+
+def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path) -> "Fitted":
+    """Trains from the last checkpoint, or from the start, to the trainer's limit."""
+    checkpoints = folder / "checkpoints"
+    validated = data.validation is not None
+    keep = ModelCheckpoint(
+        checkpoints,
+        filename="best",
+        monitor="val_crps" if validated else None,
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    on_terminal = sys.stderr.isatty()
+    bar: list[Callback] = [RichProgressBar()] if on_terminal else []
+    trainer = _made(make, [keep, *bar], folder, on_terminal)
+    last = checkpoints / "last.ckpt"
+    trainer.fit(task, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    trainer.save_checkpoint(last)
+    steps = trainer.global_step
+    if validated and task.scored_at != steps:
+        trainer.validate(task, datamodule=data, verbose=False)
+    best = keep.best_model_score
+    if validated and best is not None and float(best) < task.scores["val_crps"]:
+        task.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
+        trainer.validate(task, datamodule=data, verbose=False)
+    timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    return Fitted(steps, timer.time_elapsed(), task.scores)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How long it was trained, and how well it validates."""
+
+    steps: int
+    seconds: float
+    scores: Mapping[str, float]
+
+
+def _made(
+    make: Callable[..., Trainer], callbacks: Sequence[Callback], folder: Path, on_terminal: bool
+) -> Trainer:
+    """The trainer, with a clock if it has none.
+
+    Raises:
+        ValueError: if it would never end, or refuses its arguments.
+    """
+    try:
+        trainer = make(
+            max_epochs=-1,
+            callbacks=[*callbacks],
+            logger=CSVLogger(folder, name="logs"),
+            default_root_dir=folder,
+            gradient_clip_val=1.0,
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1,
+            log_every_n_steps=10,
+            enable_progress_bar=on_terminal,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError) as error:
+        raise ValueError(f"trainer: {error}") from error
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if trainer.max_steps < 0 and not timed:
+        raise ValueError("trainer.max_steps=-1 and trainer.max_time=null: give one of them, or it never ends")
+    if not timed:
+        trainer.callbacks.append(Timer())  # type: ignore[attr-defined]
+    return trainer
+
+
+def _finish(
+    folder: Path, config: Mapping[str, Any], cube: Cube, span: Span, crop: int, task: Task, fitted: Fitted
+) -> Trained:
+    """Writes weights, then card: a card is only ever beside its own weights."""
+    network = task.network
+    weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+    minutes = cube.cadence.total_seconds() / 60
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    card = {
+        "config": config,
+        "bins": {"edges": network.bins.edges, "top": network.bins.top},  # mm/h
+        "scaling": network.scaling.card(),
+        "frames": span.frames,
+        "cadence_minutes": minutes,
+        "lead_times": [lead * minutes for lead in span.leads],
+        "crop": crop,
+        "cell_size": cube.grid.cell_size,  # metres
+        "cube": {"path": cube.path, "snapshot": cube.snapshot},
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 1),
+        "parameters": parameters,
+        "validation": fitted.scores or None,
+        "software": f"metnet-nowcast {version()}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    _replace(folder / WEIGHTS, weights)
+    _replace(folder / CARD, json.dumps(card, indent=2).encode())
+    return Trained(folder, fitted.steps, fitted.seconds, parameters, fitted.scores)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Lightning's remarks and hints from the terminal; errors still come."""
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,160 @@
+"""`TrainedModel`: a run folder's `model.safetensors` and `model.json`, opened without pickle and checked."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from metnet.batch import Batch
+from metnet.model import MetNet
+from metnet.rain import BinnedForecast, RainBins
+
+WEIGHTS, CARD = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A `Forecaster` with what it was made from: its network and the card of its run."""
+
+    network: MetNet
+    card: Mapping[str, Any]  # `model.json`
+    sha256: str  # of the weights
+
+    @property
+    def frames(self) -> int:
+        """How many past frames, the one at init_time included, it wants to see."""
+        return self.network.frames
+
+    @property
+    def cadence(self) -> timedelta:
+        """From one frame to the next in the cube it learned from."""
+        return timedelta(minutes=float(self.card["cadence_minutes"]))
+
+    @property
+    def lead_times(self) -> tuple[float, ...]:
+        """Minutes; the lead times it learned from."""
+        return tuple(float(lead) for lead in self.card["lead_times"])
+
+    def __call__(self, batch: Batch) -> BinnedForecast:
+        """The network's forecast, without gradients."""
+        with torch.inference_mode():
+            forecast: BinnedForecast = self.network(batch)
+        return forecast
+
+
+def trained(path: str | Path) -> TrainedModel:
+    """The model of a run folder, ready to forecast.
+
+    Raises:
+        ValueError: if the folder holds no finished run, the weights are not those of its card, or the card
+            asks for anything outside `metnet`.
+    """
+    folder = Path(path)
+    card = read_card(folder)
+    if card is None:
+        raise ValueError(f"{path}: no {CARD} there; expected the run folder of a finished `metnet train`")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{path}: {CARD} is there but {WEIGHTS} is not; train it again")
+    data = weights.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != card.get("sha256"):
+        raise ValueError(
+            f"{weights}: its sha256 is {sha256}, {CARD} says {card.get('sha256')}; "
+            "the file is damaged or not of this run"
+        )
+    network = _built(folder, card)
+    try:
+        network.load_state_dict(load(data), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights}: not the weights of the model in {CARD}: {error}") from error
+    return TrainedModel(network.eval(), card, sha256)
+
+
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """What `model.json` says, or None where there is none.
+
+    Raises:
+        ValueError: if it is not a JSON object.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    try:
+        card = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(card).__name__}")
+    return card
+
+
+def construct(call: Any) -> Any:
+    """What a written-down call makes: a `_target_` of `metnet` with its arguments, or its `_partial_`.
+
+    Raises:
+        ValueError: for a target outside `metnet`, or one that refuses its arguments.
+    """
+    if isinstance(call, list):
+        return [construct(item) for item in call]
+    if not isinstance(call, Mapping):
+        return call
+    arguments = {
+        str(key): construct(value) for key, value in call.items() if key not in ("_target_", "_partial_")
+    }
+    if "_target_" not in call:
+        return arguments
+    target = _target(call["_target_"])
+    if call.get("_partial_", False):
+        return partial(target, **arguments)
+    try:
+        return target(**arguments)
+    except TypeError as error:
+        raise ValueError(f"_target_={call['_target_']}: {error}") from error
+
+
+def _target(name: Any) -> Callable[..., Any]:
+    """The class, function or class method with this dotted name, if `metnet` itself defines it."""
+    refused = ValueError(
+        f"_target_={name!r}: expected a class or function of this software's `metnet` package"
+    )
+    if not isinstance(name, str) or not name.startswith("metnet."):
+        raise refused
+    parts = name.split(".")
+    for cut in (len(parts) - 1, len(parts) - 2):  # module.Class, module.Class.method
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            if part.startswith("_"):
+                raise refused
+            found = getattr(found, part, None)
+        if callable(found) and str(getattr(found, "__module__", "")).startswith("metnet."):
+            made: Callable[..., Any] = found
+            return made
+    raise refused
+
+
+def _built(folder: Path, card: Mapping[str, Any]) -> MetNet:
+    """The network that the card describes, with fresh weights."""
+    try:
+        made = construct(card["config"]["model"])
+        bins = RainBins(tuple(float(edge) for edge in card["bins"]["edges"]), float(card["bins"]["top"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CARD}: incomplete: {error}") from error
+    network = made() if isinstance(made, partial) else made
+    if not isinstance(network, MetNet):
+        raise ValueError(f"{folder / CARD}: its model is a {type(network).__name__}, expected a MetNet")
+    if network.bins != bins:
+        raise ValueError(f"{folder / CARD}: its bins are not those of its model: {bins} and {network.bins}")
+    return network

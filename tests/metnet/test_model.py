@@ -1,0 +1,194 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from metnet.attention.axial import AxialAttention
+from metnet.batch import Batch
+from metnet.loss import cross_entropy
+from metnet.model import Head, MetNet, climatology
+from metnet.rain import RainBins
+
+small_attention = partial(AxialAttention, heads=2, dim_index=1)
+
+
+def tiny():
+    """A net small enough for a test, whose lead times already matter (FiLM would start as the identity)."""
+    torch.manual_seed(0)
+    net = MetNet(frames=3, channels=16, fine_channels=8, depth=2, attention=small_attention, grid=(8, 8))
+    for name, weight in net.named_parameters():
+        if "tell" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return net.eval()
+
+
+def storms(batch=2, frames=3, rows=32, columns=32, lead_time=(5.0, 10.0, 60.0), seed=0):
+    """Rain on a third of the pixels, of any strength."""
+    random = torch.Generator().manual_seed(seed)
+
+    def field(count):
+        rain = torch.randn(batch, count, rows, columns, generator=random).exp() * 2
+        return rain * (torch.rand(rain.shape, generator=random) < 0.3)
+
+    return Batch(
+        radar=field(frames),
+        age=torch.arange(frames - 1, -1, -1.0).mul(5).repeat(batch, 1),
+        init_time=torch.zeros(batch, dtype=torch.int64),
+        lead_time=torch.tensor(lead_time),
+        cell_size=torch.full((batch,), 1000.0),
+        target=field(len(lead_time)),
+    )
+
+
+def test_the_probabilities_are_a_distribution():
+    probability = tiny()(storms()).probability
+    assert probability.shape == (2, 3, 20, 32, 32)
+    assert (probability > 0).all()
+    torch.testing.assert_close(probability.sum(dim=2), torch.ones(2, 3, 32, 32))
+
+
+def test_forward_is_the_softmax_of_the_logits_whatever_the_lead_times_are_cut_into(monkeypatch):
+    net, batch = tiny(), storms()
+    whole = net.logits(batch).softmax(dim=2)
+    monkeypatch.setattr("metnet.model.PIXELS_AT_ONCE", 1)
+    torch.testing.assert_close(net(batch).probability, whole)
+
+
+def test_the_output_depends_on_every_frame():
+    net, batch = tiny(), storms()
+    radar = batch.radar.clone().requires_grad_()
+    net.logits(replace(batch, radar=radar)).square().sum().backward()
+    assert (radar.grad.abs().sum(dim=(0, 2, 3)) > 0).all()
+
+
+def test_the_memory_alone_sees_every_frame():
+    net, batch = tiny(), storms()
+    radar = batch.radar.clone().requires_grad_()
+    coarse, _ = net.encode(replace(batch, radar=radar))
+    coarse.square().sum().backward()
+    assert (radar.grad.abs().sum(dim=(0, 2, 3)) > 0).all()
+
+
+def test_each_lead_time_has_its_own_answer_and_does_not_know_of_the_others():
+    net, batch = tiny(), storms()
+    together = net.logits(batch)
+    assert (together[:, 0] - together[:, 2]).abs().max() > 1e-3
+    alone = net.logits(replace(batch, lead_time=torch.tensor([60.0]), target=None))
+    torch.testing.assert_close(together[:, 2:], alone)
+
+
+def test_training_tells_the_net_the_lead_time_from_the_first_step():
+    torch.manual_seed(0)
+    net = MetNet(frames=3, channels=16, fine_channels=8, depth=1, attention=small_attention, grid=(8, 8))
+    batch = storms()
+    cross_entropy(net.logits(batch), batch.target, net.bins).backward()
+    told = {name: weight.grad.abs().sum() for name, weight in net.named_parameters() if "tell" in name}
+    assert len(told) == 6
+    assert all(gradient > 0 for gradient in told.values())
+
+
+def test_a_storm_in_one_corner_is_seen_from_the_opposite_one():
+    net, batch = tiny(), storms(rows=64, columns=64)
+    radar = batch.radar.clone()
+    radar[:, :, :4, :4] = 80.0
+    change = (net.logits(replace(batch, radar=radar)) - net.logits(batch)).abs()
+    assert change[..., -4:, -4:].max() > 1e-6
+
+
+def test_samples_do_not_see_each_other():
+    net, batch = tiny(), storms(batch=3)
+    order = torch.tensor([2, 0, 1])
+    moved = replace(batch, radar=batch.radar[order], age=batch.age[order], target=None)
+    torch.testing.assert_close(net.logits(moved), net.logits(batch)[order])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (32, 30), (41, 64)])
+def test_any_grid_gets_an_answer_of_its_own_size(rows, columns):
+    probability = tiny()(storms(rows=rows, columns=columns)).probability
+    assert probability.shape[-2:] == (rows, columns)
+    assert probability.isfinite().all()
+
+
+def test_filling_up_to_a_multiple_of_four_is_the_same_as_not_observing():
+    net, batch = tiny(), storms(rows=30, columns=29)
+    wider = torch.full((2, 3, 32, 32), torch.nan)
+    wider[:, :, :30, :29] = batch.radar
+    filled = net.logits(replace(batch, radar=wider, target=None))
+    torch.testing.assert_close(net.logits(batch), filled[..., :30, :29])
+
+
+def test_nothing_observed_gives_the_climatology_wide_and_finite():
+    net, batch = tiny(), storms()
+    forecast = net(replace(batch, radar=torch.full_like(batch.radar, torch.nan)))
+    assert forecast.probability.isfinite().all()
+    expected = torch.tensor(climatology(net.bins)).reshape(1, 1, -1, 1, 1)
+    assert (forecast.probability - expected).abs().max() < 0.1
+    assert (forecast.probability_above(0.1) > 0.05).all()
+    assert (forecast.quantile(0.99) > 1).all()
+
+
+def test_not_observed_is_not_dry():
+    net, batch = tiny(), storms()
+    gone = batch.radar.clone()
+    gone[:, :, :, 16:] = torch.nan
+    dry = gone.nan_to_num(nan=0.0)
+    change = net.logits(replace(batch, radar=gone)) - net.logits(replace(batch, radar=dry))
+    assert change.abs().max() > 1e-4
+
+
+def test_no_gradient_is_nan_where_rain_is_missing():
+    net, batch = tiny(), storms()
+    radar = batch.radar.masked_fill(torch.rand(batch.radar.shape) < 0.5, torch.nan)
+    cross_entropy(net.logits(replace(batch, radar=radar)), batch.target, net.bins).backward()
+    assert all(weight.grad.isfinite().all() for weight in net.parameters())
+    assert [name for name, weight in net.named_parameters() if not weight.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("place", [(3, 5), (9, 2)])
+def test_what_the_coarse_map_says_stands_over_its_own_pixels(place):
+    torch.manual_seed(0)
+    head = Head(channels=6, fine_channels=8, features=4, bins=RainBins.preferred())
+    fine, told = torch.zeros(1, 8, 48, 48), torch.zeros(1, 4)
+    coarse = torch.zeros(1, 6, 12, 12)
+    dry = head(coarse, fine, told)
+    coarse[0, :, place[0], place[1]] = 5.0
+    change = (head(coarse, fine, told) - dry).square().sum(dim=1)[0]
+    centre = [(change.sum(dim=1 - d) * torch.arange(48.0)).sum() / change.sum() for d in (0, 1)]
+    torch.testing.assert_close(torch.stack(centre), torch.tensor(place) * 4 + 1.5, atol=1.0, rtol=0)
+
+
+def test_the_net_says_how_many_frames_it_wants():
+    net = tiny()
+    assert net.frames == 3
+    with pytest.raises(ValueError, match="has 4 frames: expected frames=3"):
+        net(storms(frames=4))
+
+
+def test_the_climatology_is_a_distribution_that_falls():
+    for bins in (RainBins.preferred(), RainBins.linear()):
+        shares = torch.tensor(climatology(bins), dtype=torch.float64)
+        assert shares.sum().item() == pytest.approx(1)
+        assert (shares > 0).all()
+        assert shares[0] > 0.5
+    edges = torch.tensor((*RainBins.linear().edges, RainBins.linear().top))
+    assert (shares[1:].diff() <= 0).all(), edges
+
+
+def test_it_learns_four_samples_by_heart():
+    torch.manual_seed(0)
+    net = MetNet(frames=3, channels=32, fine_channels=16, depth=1, attention=small_attention, grid=(4, 4))
+    small = storms(batch=4, rows=4, columns=4, lead_time=(5.0, 30.0))
+    radar, target = (
+        field.repeat_interleave(4, 2).repeat_interleave(4, 3) for field in (small.radar, small.target)
+    )
+    batch = replace(small, radar=radar, target=target)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    first = cross_entropy(net.logits(batch), batch.target, net.bins).item()
+    for _ in range(120):
+        loss = cross_entropy(net.logits(batch), batch.target, net.bins)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.1 * first

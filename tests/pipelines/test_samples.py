@@ -1,0 +1,239 @@
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.grid import Grid
+from pipelines.samples import Samples, Span, collate, split
+
+START = datetime(2024, 6, 1, tzinfo=UTC)
+FIVE = timedelta(minutes=5)
+
+
+@dataclass
+class Field:
+    """A cube in memory whose pixels say where and when they are."""
+
+    rain: np.ndarray
+    cadence: timedelta = FIVE
+    read: list = field(default_factory=list)
+
+    @property
+    def grid(self):
+        rows, columns = self.rain.shape[1:]
+        return Grid("EPSG:3035", 4e6, 1000.0, columns, 3e6, -1000.0, rows)
+
+    @property
+    def times(self):
+        return [START + i * self.cadence for i in range(len(self.rain))]
+
+    @property
+    def observed(self):
+        return ~np.isnan(self.rain).all(axis=(1, 2))
+
+    def block(self, first, count, window=None, step=1):
+        self.read.append((count, window))
+        y, x, rows, columns = window or (0, 0, *self.rain.shape[1:])
+        start = (first - START) // self.cadence
+        return self.rain[start : start + count * step : step, y : y + rows, x : x + columns]
+
+
+def telling(times=40, rows=40, columns=30):
+    """rate = time + place / 10000, so a sample's numbers say what it was cut from."""
+    place = np.arange(rows * columns).reshape(rows, columns) / 1e4
+    return Field((np.arange(times)[:, None, None] + place + 1e-6).astype(np.float32))
+
+
+SPAN = Span(frames=3, leads=(1, 2, 6))
+
+
+def test_lead_times_in_minutes_become_steps_of_the_cadence():
+    assert Span.of(FIVE, 3, [5, 10, 30]) == SPAN
+    assert Span.of(timedelta(minutes=2), 4, [2.0, 20.0]).leads == (1, 10)
+    assert Span.of(timedelta(seconds=150), 4, [2.5, 5]).leads == (1, 2)
+
+
+@pytest.mark.parametrize("leads", [[5, 7], [0, 5], [-5], [2.5]])
+def test_a_lead_time_between_two_frames_is_refused_with_both_numbers(leads):
+    with pytest.raises(ValueError, match=r"minutes is no multiple of the cube's cadence, 5 minutes"):
+        Span.of(FIVE, 3, leads)
+
+
+@pytest.mark.parametrize("leads", [[], [10, 5], [5, 5]])
+def test_lead_times_that_do_not_rise_are_refused(leads):
+    with pytest.raises(ValueError, match="minutes that rise"):
+        Span.of(FIVE, 3, leads)
+
+
+@given(
+    observed=st.lists(st.booleans(), min_size=12, max_size=120),
+    frames=st.integers(1, 4),
+    lead=st.integers(1, 5),
+    share=st.floats(0, 0.5),
+)
+def test_no_frame_is_both_trained_on_and_validated_on(observed, frames, lead, share):
+    span = Span(frames, tuple(range(1, lead + 1)))
+    try:
+        parts = split(np.array(observed), span, share)
+    except ValueError:
+        return
+
+    def touched(inits):
+        return {i + step for i in inits for step in range(-(frames - 1), lead + 1)}
+
+    assert not touched(parts.training) & touched(parts.validation)
+    for init in (*parts.training, *parts.validation):
+        assert observed[init]
+        assert any(observed[init + step] for step in span.leads)
+        assert init - (frames - 1) >= 0 and init + lead < len(observed)
+    assert len(parts.training) > 0
+
+
+def test_validation_is_the_last_share_behind_a_blackout():
+    parts = split(np.ones(108, bool), SPAN, 0.2)
+    assert parts.validation.tolist() == list(range(82, 102))  # 100 init times, from the third frame on
+    assert parts.training.tolist() == list(range(2, 82 - SPAN.steps))
+
+
+def test_a_cube_too_short_to_split_is_all_for_training():
+    parts = split(np.ones(14, bool), SPAN, 0.4)
+    assert parts.training.tolist() == [2, 3, 4, 5, 6, 7]
+    assert parts.validation.size == 0
+
+
+def test_too_few_frames_are_refused_with_the_numbers_and_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"8 frames .* needs 9 in a row \(3 past frames.*ingest a longer time"
+    ):
+        split(np.ones(8, bool), SPAN, 0.1)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.6])
+def test_a_share_that_makes_no_sense_is_refused(share):
+    with pytest.raises(ValueError, match="validation="):
+        split(np.ones(50, bool), SPAN, share)
+
+
+def test_a_sample_is_cut_from_one_place_at_consecutive_times():
+    cube = telling()
+    samples = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=20)
+    for batch in samples:
+        radar, target = batch.radar[0].double(), batch.target[0].double()
+        init = round((int(batch.init_time[0]) - START.timestamp()) / 300)
+        assert radar[:, 0, 0].long().tolist() == [init - 2, init - 1, init]
+        assert target[:, 0, 0].long().tolist() == [init + 1, init + 2, init + 6]
+        place = radar - radar.floor()
+        assert torch.allclose(place, (target - target.floor())[:3], atol=1e-3)
+        assert torch.allclose(place[0, 0].diff(), torch.tensor(1e-4).double(), atol=2e-5)
+        assert batch.age.tolist() == [[10.0, 5.0, 0.0]]
+        assert batch.lead_time.tolist() == [5.0, 10.0, 30.0]
+        assert batch.cell_size.item() == pytest.approx(1000, rel=0.01)
+
+
+def test_the_same_seed_and_number_give_the_same_sample_and_others_do_not():
+    cube = telling()
+
+    def firsts(seed):
+        samples = Samples(cube, np.arange(2, 34), SPAN, crop=16, seed=seed, augment=True)
+        return [samples[i].radar[0, 0] for i in range(12)]
+
+    again = [torch.equal(a, b) for a, b in zip(firsts(1), firsts(1), strict=True)]
+    other = [torch.equal(a, b) for a, b in zip(firsts(1), firsts(2), strict=True)]
+    assert all(again)
+    assert not any(other)
+    assert len({float(sample.sum()) for sample in firsts(1)}) > 8
+
+
+def test_samples_end_where_they_were_told_to():
+    assert len(list(Samples(telling(), np.arange(2, 34), SPAN, crop=16, count=3))) == 3
+
+
+def test_places_with_rain_are_drawn_more_often_and_dry_ones_still_are():
+    rain = np.zeros((30, 64, 64), np.float32)
+    rain[:, 40:56, 8:24] = 5.0
+    samples = Samples(Field(rain), np.arange(2, 24), SPAN, crop=16, count=300)
+    wet = np.array([float((samples[i].radar[0, -1] > 0).float().mean()) for i in range(300)])
+    assert wet.mean() > 3 * (16 / 64) ** 2
+    assert (wet == 0).sum() > 10
+
+
+def test_a_place_where_nothing_was_observed_is_never_drawn():
+    rain = np.full((30, 64, 64), np.nan, np.float32)
+    rain[:, :, :20] = 0.0
+    samples = Samples(Field(rain), np.arange(2, 24), SPAN, crop=16, count=100)
+    assert all(samples[i].radar[0, -1].isfinite().any() for i in range(100))
+
+
+def test_every_cell_can_be_the_corner_of_a_sample():
+    samples = Samples(telling(rows=24, columns=24), np.arange(2, 34), SPAN, crop=16, count=2000)
+    corners = {tuple(divmod(round(float(samples[i].radar[0, 0, 0, 0]) % 1 * 1e4), 24)) for i in range(2000)}
+    assert {row for row, _ in corners} == set(range(9))
+    assert {column for _, column in corners} == set(range(9))
+
+
+def test_a_grid_smaller_than_the_crop_is_taken_whole():
+    samples = Samples(telling(rows=12, columns=30), np.arange(2, 34), SPAN, crop=16, count=3, augment=True)
+    assert samples[0].radar.shape == (1, 3, 12, 16)
+
+
+def test_a_missing_frame_stays_missing_and_dry_stays_dry():
+    cube = telling()
+    cube.rain[::2] = np.nan
+    cube.rain[1::2] = 0.0
+    samples = Samples(cube, np.arange(3, 33, 2), SPAN, crop=16, count=5, augment=True)
+    for batch in samples:
+        assert batch.radar[0].isnan().float().mean(dim=(1, 2)).tolist() == [0.0, 1.0, 0.0]
+        assert batch.target[0].isnan().float().mean(dim=(1, 2)).tolist() == [1.0, 0.0, 0.0]
+        assert batch.radar.nansum() == 0
+
+
+def test_past_and_future_are_turned_alike():
+    rain = np.repeat(telling(times=1, rows=16, columns=16).rain, 40, axis=0)
+    samples = Samples(Field(rain), np.arange(2, 34), SPAN, crop=16, count=64, augment=True)
+    seen = set()
+    for batch in samples:
+        assert torch.equal(batch.radar[0], batch.target[0])
+        corners = batch.radar[0, 0][[0, 0, -1, -1], [0, -1, 0, -1]]
+        seen.add(tuple(corners.argsort().tolist()))
+    assert len(seen) == 8
+
+
+def test_a_cube_too_big_to_hold_gives_the_same_samples_read_piece_by_piece(monkeypatch):
+    cube = telling()
+    held = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=5)
+    monkeypatch.setattr("pipelines.samples.IN_MEMORY", 0)
+    loose = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=5)
+    cube.read.clear()
+    for i in range(5):
+        assert torch.equal(held[i].radar, loose[i].radar)
+        assert torch.equal(held[i].target, loose[i].target)
+    crops = [window for count, window in cube.read if count > 1]
+    assert crops and all(window[2:] == (16, 16) for window in crops)
+
+
+def test_a_sample_does_not_share_memory_with_the_cube():
+    cube = telling()
+    samples = Samples(cube, np.arange(2, 34), SPAN, crop=40, count=1)
+    before = cube.rain.copy()
+    samples[0].radar.fill_(-1)
+    assert np.array_equal(cube.rain, before)
+
+
+def test_collating_keeps_the_order_and_the_shared_lead_times():
+    samples = Samples(telling(), np.arange(2, 34), SPAN, crop=16, count=3)
+    batch = collate([samples[i] for i in range(3)])
+    assert batch.radar.shape == (3, 3, 16, 16)
+    assert batch.lead_time.tolist() == [5.0, 10.0, 30.0]
+    for i in range(3):
+        assert torch.equal(batch.target[i], samples[i].target[0])
+        assert batch.init_time[i] == samples[i].init_time[0]
+
+
+def test_a_cube_without_an_observed_pixel_is_refused():
+    cube = Field(np.full((30, 16, 16), np.nan, np.float32))
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        Samples(cube, np.arange(2, 20), SPAN, crop=16, count=3)[0]
