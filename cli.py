@@ -1,0 +1,362 @@
+"""The front door: `metnet COMMAND key=value ...` runs the function that `configs/COMMAND.yaml` names."""
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+CONFIGS = Path(__file__).parent / "configs"
+COMMANDS = ("demo", "ingest", "inspect", "train", "forecast", "verify", "serve")
+
+
+class UsageError(Exception):
+    """The command line is wrong; exit code 2."""
+
+
+# ---- help, read from the comments of the YAML files ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a command, as its YAML file documents it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a YAML file says of itself: comment lines on top, and a comment behind each key."""
+
+    summary: str
+    text: str
+    examples: tuple[str, ...]
+    keys: tuple[Key, ...]
+    groups: tuple[tuple[str, str, str], ...]  # key, folder under configs/, default
+
+
+def read_page(path: Path) -> Page:
+    """The documentation in one YAML file."""
+    lines = path.read_text().splitlines()
+    head = [line.removeprefix("#").removeprefix(" ") for line in _leading_comments(lines)]
+    cut = head.index("Examples:") if "Examples:" in head else len(head)
+    return Page(
+        summary=head[0] if head else "",
+        text="\n".join(head[1:cut]).strip(),
+        examples=tuple(line.strip() for line in head[cut + 1 :] if line.strip()),
+        keys=tuple(_keys(lines)),
+        groups=tuple(_groups(lines)),
+    )
+
+
+def _leading_comments(lines: list[str]) -> Iterator[str]:
+    for line in lines:
+        if not line.startswith("#"):
+            return
+        yield line
+
+
+def _keys(lines: list[str]) -> Iterator[Key]:
+    """`key: default  # meaning`; a key under a key becomes `outer.key`, and one in a list is none."""
+    outer: list[tuple[int, str]] = []
+    for line in lines:
+        found = re.fullmatch(r"( *)(- )?(\w+):(?: +((?:[^#]|#(?! ))*?))?(?: +# (.*))?", line.rstrip())
+        if not found or found[3] == "defaults":
+            continue
+        outer = [entry for entry in outer if entry[0] < len(found[1])]
+        name = ".".join([entry[1] for entry in outer] + [found[3]])
+        if found[2]:
+            outer.append((len(found[1]), "-"))
+        elif found[5] and not found[3].startswith("_") and "-" not in name:
+            yield Key(name, "required" if found[4] == "???" else found[4] or "several", found[5])
+        if not found[4]:
+            outer.append((len(found[1]), found[3]))
+
+
+def _groups(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    """`- group: default` and `- group@key: default` of the defaults list."""
+    for line in lines:
+        if found := re.fullmatch(r" +- ([a-z]\w*)(?:@(\w+))?: *([a-z]\w*)", line.rstrip()):
+            yield found[2] or found[1], found[1], found[3]
+
+
+def command_help(command: str) -> Iterator[Any]:
+    """What `metnet COMMAND --help` shows."""
+    page = read_page(CONFIGS / f"{command}.yaml")
+    yield f"[bold]metnet {command}[/bold] [dim]\\[key=value ...] \\[--debug][/dim]\n"
+    yield page.summary
+    for paragraph in page.text.split("\n\n"):
+        yield "\n" + " ".join(paragraph.split()).replace("[", r"\[")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("key", "default", "meaning"):
+        table.add_column(title, overflow="fold", no_wrap=title == "key")
+    for key in page.keys:
+        table.add_row(key.name, key.default.replace("[", r"\["), key.meaning.replace("[", r"\["))
+    for key_name, folder, default in page.groups:
+        table.add_section()
+        _add_group(table, key_name, folder, default)
+    yield ""
+    yield table
+    yield "\n[bold]examples[/bold]"
+    for example in page.examples:
+        yield "  " + example.replace("[", r"\[")
+
+
+def _add_group(table: Table, key: str, folder: str, default: str) -> None:
+    names = options(folder)
+    says = {name: read_page(CONFIGS / folder / f"{name}.yaml") for name in names}
+    table.add_row(key, default, " | ".join(name for name in names if name != "from_path"))
+    for name in names:
+        shown = f"{key}=PATH" if name == "from_path" else f"{key}={name}"
+        table.add_row(f"  {shown}", "", f"[dim]{says[name].summary}[/dim]")
+        if name != "from_path":
+            for inner in says[name].keys:
+                table.add_row(f"    {key}.{inner.name}", inner.default.replace("[", r"\["), inner.meaning)
+
+
+def options(folder: str) -> list[str]:
+    """The names that a configuration group offers."""
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+
+
+# ---- a command line becomes a call -----------------------------------------------------------------
+
+
+def compose(command: str, words: list[str]) -> Any:
+    """The resolved configuration of a command; a wrong word raises `UsageError`."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = {
+        key: (folder, default) for key, folder, default in read_page(CONFIGS / f"{command}.yaml").groups
+    }
+    choices, values = _sort_words(_named(command, words), groups)
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+            plain = hydra.compose(command, choices)
+            known = set(_flatten(OmegaConf.to_container(plain)))
+            for key, text in values:
+                _check(key, text, known | set(groups), plain)
+            config = hydra.compose(command, choices + [_override(key, text) for key, text in values])
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UsageError(_say_missing(command, missing))
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    return config
+
+
+def _named(command: str, words: list[str]) -> list[str]:
+    """The words with `path=` before a bare one, where a path is all that is required (`inspect out/cube`)."""
+    required = [key.name for key in read_page(CONFIGS / f"{command}.yaml").keys if key.default == "required"]
+    if required != ["path"]:
+        return words
+    return [word if "=" in word else f"path={word}" for word in words]
+
+
+def _sort_words(
+    words: list[str], groups: dict[str, tuple[str, str]]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Overrides that choose a member of a group, and (key, text) of all others."""
+    choices: list[str] = []
+    values: list[tuple[str, str]] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{word!r}: expected key=value")
+        if key not in groups:
+            values.append((key, text))
+            continue
+        folder = groups[key][0]
+        group = key if folder == key else f"{folder}@{key}"
+        names = options(folder)
+        if text in names and text != "from_path":
+            choices.append(f"{group}={text}")
+        elif "from_path" in names and text:
+            choices.append(f"{group}=from_path")
+            values.append((f"{key}.path", text))
+        else:
+            raise UsageError(f"{key}={text}: expected one of {', '.join(names)}{_nearest(text, names)}")
+    return choices, values
+
+
+def _check(key: str, text: str, known: set[str], plain: Any) -> None:
+    """Refuses a key that does not exist, and a value of another kind than the default's."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    if key.startswith(("+", "~")):
+        return
+    if key not in known:
+        every = sorted(name for name in known if not name.split(".")[-1].startswith("_"))
+        raise UsageError(f"no key {key!r}{_nearest(key, every)}; the keys are: {', '.join(every)}")
+    default = OmegaConf.select(plain, key, throw_on_missing=False)
+    value = OverridesParser.create().parse_override(_override(key, text)).value()
+    wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))
+    if wanted and (not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise UsageError(f"{key}={text}: expected {kind}, such as {str(default).lower()}")
+
+
+def _override(key: str, text: str) -> str:
+    """One Hydra override; text that is no Hydra value (a path with a blank, say) is quoted."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={text}")
+        if not parsed.is_sweep_override() and not isinstance(parsed.value(), dict):
+            return f"{key}={text}"
+    except HydraException:
+        pass
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _say_missing(command: str, missing: list[str]) -> str:
+    meanings = {key.name: key.meaning for key in read_page(CONFIGS / f"{command}.yaml").keys}
+    wanted = "; ".join(f"{key}= ({meanings[key]})" if key in meanings else f"{key}=" for key in missing)
+    return f"missing {wanted}. See metnet {command} --help"
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def call(config: Any) -> Any:
+    """Calls the function that the configuration names, with every nested `_target_` built first."""
+    from hydra.utils import get_method, instantiate
+    from omegaconf import OmegaConf
+
+    function = get_method(config["_target_"])
+    arguments = {
+        str(key): instantiate(value, _convert_="all") if OmegaConf.is_config(value) else value
+        for key, value in config.items()
+        if key != "_target_"
+    }
+    if "config" in inspect.signature(function).parameters:
+        arguments["config"] = OmegaConf.to_container(config)
+    return function(**arguments)
+
+
+def run(command: str, words: list[str]) -> None:
+    """Runs one command: a function, or (`demo`) a list of commands, each in a process of its own."""
+    config = compose(command, words)
+    if "steps" not in config:
+        result = call(config)
+        if result is not None:
+            typer.echo(str(result))
+        return
+    for step in config["steps"]:
+        typer.secho(f"\n$ metnet {shlex.join(step)}", bold=True)
+        code = subprocess.call([sys.executable, __file__, *step])
+        if code:
+            raise SystemExit(code)
+    typer.echo(f"\n{config['made'].rstrip()}")
+    if config["serve"]:
+        os.execv(sys.executable, [sys.executable, __file__, *config["served"]])
+
+
+# ---- the door itself -------------------------------------------------------------------------------
+
+
+def answer(command: str, words: list[str]) -> int:
+    """Runs one command and says in one line what went wrong, if anything did; the exit code."""
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    console = Console(stderr=True, highlight=False)
+    handler = RichHandler(console=console, show_time=False, show_path=False, rich_tracebacks=True)
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler]
+    )
+    for noisy in ("matplotlib", "asyncio", "rasterio", "fontTools", "PIL", "h5py", "numcodecs", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if "--help" in words or "-h" in words:
+        page = Console(highlight=False)
+        for part in command_help(command):
+            page.print(part, soft_wrap=isinstance(part, str) and part.startswith("  "))
+        return 0
+    try:
+        run(command, words)
+    except UsageError as error:
+        typer.echo(f"metnet {command}: {error}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"metnet {command}: {_one_line(error)}", err=True)
+        return 1
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """An error as its user should read it."""
+    while type(error).__module__.startswith("hydra") and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}: pip install 'metnet-nowcast[serve,verify]' brings what is optional"
+    if isinstance(error, ValueError | OSError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text} (metnet ... --debug shows where)"
+
+
+app = typer.Typer(
+    name="metnet",
+    help="From raw radar files to a served, verified, probabilistic rain forecast.",
+    epilog="metnet COMMAND --help teaches a command: its keys, defaults, units and examples.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+def _register(command: str) -> None:
+    settings = {"ignore_unknown_options": True, "help_option_names": []}
+    summary = read_page(CONFIGS / f"{command}.yaml").summary
+
+    @app.command(command, help=summary, context_settings=settings)
+    def _(words: list[str] = typer.Argument(None, metavar="[key=value ...]")) -> None:  # noqa: B008
+        raise typer.Exit(answer(command, words or []))
+
+
+def main() -> None:
+    """The console command `metnet`."""
+    for command in COMMANDS:
+        _register(command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

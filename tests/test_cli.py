@@ -1,0 +1,148 @@
+"""The command line: what it teaches, and what it answers to wrong words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def door(tmp_path, monkeypatch):
+    """A command `ingest` with two small groups, whose call is recorded."""
+    files = {
+        "ingest.yaml": """\
+# Do a thing.
+#
+# At length.
+#
+# Examples:
+#   metnet ingest where=x
+defaults:
+  - fruit: apple
+  - fruit@other: pear
+  - _self_
+_target_: tests.test_cli.record
+where: ???  # folder of it
+count: 3  # how many
+ready: false  # whether
+nested:
+  depth: 1.5  # metres
+""",
+        "fruit/apple.yaml": "# Red.\n_target_: tests.test_cli.Apple\nseeds: 5  # pips\n",
+        "fruit/pear.yaml": "# Green.\n_target_: tests.test_cli.Apple\nseeds: 7  # pips\n",
+        "fruit/from_path.yaml": "# From a file.\n_target_: tests.test_cli.Apple\nseeds: ${.path}\npath: ???  # the file\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cli, "CONFIGS", tmp_path)
+    return tmp_path
+
+
+class Apple:
+    def __init__(self, seeds, path=None):
+        self.seeds = seeds
+
+
+def record(config, **arguments):
+    if arguments["where"] == "nowhere":
+        raise ValueError("no such\nplace")
+    if arguments["where"] == "broken":
+        raise RuntimeError("inner trouble")
+    return sorted((key, getattr(value, "seeds", value)) for key, value in arguments.items())
+
+
+def test_words_become_a_call(door, capsys):
+    code = cli.answer("ingest", ["where=a b,c", "count=4", "fruit=pear", "other.seeds=9", "nested.depth=2"])
+
+    assert code == 0
+    said = capsys.readouterr().out.strip()
+    assert said == str(
+        [
+            ("count", 4),
+            ("fruit", 7),
+            ("nested", {"depth": 2}),
+            ("other", 9),
+            ("ready", False),
+            ("where", "a b,c"),
+        ]
+    )
+
+
+def test_a_path_may_stand_where_a_group_has_names(door, capsys):
+    assert cli.answer("ingest", ["where=x", "other=my/fruit box"]) == 0
+    assert "('other', 'my/fruit box')" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["wher=x"], 2, "did you mean 'where'"),
+        (["where=x", "nested.dept=2"], 2, "did you mean 'nested.depth'"),
+        ([], 2, "missing where= (folder of it)"),
+        (["where"], 2, "expected key=value"),
+        (["where=x", "count=many"], 2, "count=many: expected a whole number, such as 3"),
+        (["where=x", "ready=1"], 2, "expected true or false"),
+        (["where=nowhere"], 1, "metnet ingest: no such place"),
+        (["where=broken"], 1, "RuntimeError: inner trouble"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(door, capsys, words, code, said):
+    assert cli.answer("ingest", words) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(door):
+    with pytest.raises(RuntimeError, match="inner trouble"):
+        cli.answer("ingest", ["where=broken", "--debug"])
+
+
+def test_help_teaches_keys_defaults_and_examples(door, capsys):
+    assert cli.answer("ingest", ["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("Do a thing.", "At length.", "where required folder of it", "nested.depth 1.5 metres"):
+        assert part in said
+    for part in (
+        "fruit=pear Green.",
+        "fruit.seeds 7 pips",
+        "other=PATH From a file.",
+        "metnet ingest where=x",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_two_examples_and_says_every_key(command):
+    page = cli.read_page(cli.CONFIGS / f"{command}.yaml")
+    assert page.summary.endswith(".")
+    assert len(page.examples) >= 2
+    text = (cli.CONFIGS / f"{command}.yaml").read_text()
+    assert {key.name.split(".")[0] for key in page.keys} | {group[0] for group in page.groups}
+    for line in text.splitlines():
+        if line and not line.startswith(("#", " ", "_", "defaults", "steps")):
+            key = line.partition(":")[0]
+            assert any(known.name.split(".")[0] == key for known in page.keys), f"{key} has no comment"
+
+
+def test_help_answers_at_once_because_it_loads_no_heavy_library():
+    code = (
+        "import sys, cli; sys.argv = ['metnet', 'train', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'hydra', 'xarray'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "trainer.max_steps" in done.stdout
+
+
+def test_unknown_commands_are_wrong_usage():
+    done = subprocess.run([sys.executable, "cli.py", "ingset"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ingest" in done.stderr

@@ -1,0 +1,41 @@
+"""Every YAML is a call that can be made."""
+
+import inspect
+
+import pytest
+from hydra.utils import get_method, instantiate
+
+import cli
+
+GROUPS = ("attention", "baseline", "grid", "model", "source")
+NEEDS_PATH = {"cf", "mrms", "from_path"}
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "demo"])
+def test_a_commands_keys_are_its_functions_arguments(command):
+    required = [
+        key.name for key in cli.read_page(cli.CONFIGS / f"{command}.yaml").keys if key.default == "required"
+    ]
+    config = cli.compose(command, [f"{key}=x" for key in required])
+    arguments = inspect.signature(get_method(config["_target_"])).parameters
+    assert set(config) - {"_target_"} <= set(arguments)
+    missing = {
+        name
+        for name, argument in arguments.items()
+        if argument.default is argument.empty and name not in config and name != "config"
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize(
+    "name", [f"{group}/{name}" for group in GROUPS for name in cli.options(group) if name not in NEEDS_PATH]
+)
+def test_every_member_of_a_group_builds(name):
+    import hydra
+
+    with hydra.initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        config = hydra.compose(name)
+    node = config
+    for part in name.split("/")[:-1]:
+        node = node[part]
+    instantiate(node)
