@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+# OpenMP's waiting threads spin by default: on a machine with other work that made runs six times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 CONFIGS = Path(__file__).parent / "configs"
 COMMANDS = ("demo", "ingest", "inspect", "train", "forecast", "verify", "serve")
 

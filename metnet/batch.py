@@ -19,6 +19,7 @@ class Batch:
     init_time: Int[Tensor, "batch"]  # seconds since 1970-01-01 UTC
     lead_time: Float[Tensor, "lead"]  # minutes after init_time, rising
     cell_size: Float[Tensor, "batch"]  # metres, side of a cell
+    motion: Float[Tensor, "batch 2 y x"] | None = None  # cells a minute, to the east and to the south
     target: Float[Tensor, "batch lead y x"] | None = None  # mm/h at init_time + lead_time
 
     def to(self, device: torch.device | str) -> "Batch":

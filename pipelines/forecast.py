@@ -21,7 +21,7 @@ from pipelines.frame import parse_time
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
-from pipelines.trained import TrainedModel
+from pipelines.trained import TrainedModel, trained
 from pipelines.version import version
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,20 @@ def forecast(
         seconds=monotonic() - began,
         export=export,
     )
+
+
+def from_path(path: str) -> TrainedModel:
+    """The model of a run folder of `metnet train`.
+
+    Raises:
+        ValueError: if there is no such folder, or no finished run in it.
+    """
+    if not Path(path).exists():
+        raise ValueError(
+            f"model={path}: no such folder, and no baseline of that name in configs/baseline/; "
+            "expected persistence, extrapolation, steps, or the run folder of metnet train"
+        )
+    return trained(path)
 
 
 @dataclass
@@ -262,9 +276,9 @@ def _lead_times(cube: Cube, model: Forecaster, wanted: Sequence[float] | None) -
     minutes = _minutes(cube)
     if isinstance(model, TrainedModel):
         if model.cadence != cube.cadence:
-            trained = model.cadence.total_seconds() / 60
+            learned = model.cadence.total_seconds() / 60
             raise ValueError(
-                f"the model learned from frames every {trained:g} min, the cube {cube.path} has one every "
+                f"the model learned from frames every {learned:g} min, the cube {cube.path} has one every "
                 f"{minutes:g} min; train a model on a cube like this one"
             )
         if wanted is not None and max(wanted) > max(model.lead_times):

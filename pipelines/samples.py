@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from metnet.batch import Batch
 from pipelines.cube import Cube
+from pipelines.motion import FRAMES, motion
 
 IN_MEMORY = 2**30  # bytes; a cube up to this size is read once and kept
 DRY_WEIGHT = 0.02  # of a place without rain, beside at most 1 for a place full of it
@@ -153,13 +154,15 @@ class Samples(Dataset[Batch]):
         if self.augment:
             radar, target = _turned(random, radar, target)
         minutes = self.cube.cadence.total_seconds() / 60
+        age = -steps[0] * minutes
         time = self._start + int(init) * self.cube.cadence
         return Batch(
             radar=torch.from_numpy(radar)[None],
-            age=torch.from_numpy(-steps[0] * minutes).float()[None],
+            age=torch.from_numpy(age).float()[None],
             init_time=torch.tensor([round(time.timestamp())]),
             lead_time=torch.from_numpy(steps[1] * minutes).float(),
             cell_size=torch.tensor([self.cube.grid.cell_size], dtype=torch.float32),
+            motion=torch.from_numpy(motion(radar[-FRAMES:], age[-FRAMES:].tolist()))[None],
             target=torch.from_numpy(target)[None],
         )
 

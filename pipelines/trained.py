@@ -4,12 +4,13 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -17,6 +18,7 @@ from safetensors.torch import load
 from metnet.batch import Batch
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast, RainBins
+from pipelines.motion import FRAMES, motion
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
 
@@ -47,8 +49,18 @@ class TrainedModel:
     def __call__(self, batch: Batch) -> BinnedForecast:
         """The network's forecast, without gradients."""
         with torch.inference_mode():
-            forecast: BinnedForecast = self.network(batch)
+            forecast: BinnedForecast = self.network(_with_motion(batch))
         return forecast
+
+
+def _with_motion(batch: Batch) -> Batch:
+    """The batch with the motion of its newest frames, if nobody has told it yet."""
+    if batch.motion is not None:
+        return batch
+    newest = zip(batch.radar[:, -FRAMES:].cpu(), batch.age[:, -FRAMES:].tolist(), strict=True)
+    return replace(
+        batch, motion=torch.from_numpy(np.stack([motion(r.numpy(), a) for r, a in newest])).to(batch.radar)
+    )
 
 
 def trained(path: str | Path) -> TrainedModel:
@@ -76,7 +88,8 @@ def trained(path: str | Path) -> TrainedModel:
     try:
         network.load_state_dict(load(data), strict=True)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{weights}: not the weights of the model in {CARD}: {error}") from error
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights}: not the weights of the model in {CARD}: {detail} ...") from error
     return TrainedModel(network.eval(), card, sha256)
 
 

@@ -29,6 +29,17 @@ FILES = {
 }
 """All that is served below /static, and nothing else."""
 
+TOLD = (
+    "model",
+    "model_sha256",
+    "software_version",
+    "created",
+    "input_snapshot",
+    "degraded",
+    "inputs_missing",
+)
+"""What the world may know of how a run was made; the rest names folders of this machine."""
+
 SHOWN = 24
 """The newest runs that the page offers."""
 
@@ -125,5 +136,5 @@ def _listed(run: Run) -> dict[str, object]:
         "bounds": run.bounds,
         "outline": run.outline,
         "cell_size": round(run.header.grid.cell_size),
-        "made_by": dict(run.header.attributes),
+        "made_by": {name: run.header.attributes[name] for name in TOLD if name in run.header.attributes},
     }

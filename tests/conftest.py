@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import cli  # noqa: F401  (sets how OpenMP waits, before torch is loaded)
+
 ROOT = Path(__file__).parent.parent
 
 

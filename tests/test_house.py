@@ -20,7 +20,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
     name: floor
     for floor, names in enumerate(
         (
-            ("version", "progress", "palette", "grid", "cf", "repository", "baselines.motion"),
+            ("version", "progress", "palette", "grid", "cf", "repository", "motion"),
             ("frame", "coordinates", "pictures"),
             ("sources.source", "cube", "runs"),
             (
@@ -43,7 +43,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
 }
 FAMILIES = {  # members never import each other; only the family's shared files
     "pipelines.sources": {"source"},
-    "pipelines.baselines": {"motion"},
+    "pipelines.baselines": set(),
     "metnet.scores": {"score"},
 }
 

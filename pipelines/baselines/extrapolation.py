@@ -8,7 +8,7 @@ import torch
 from metnet.advection import advect
 from metnet.batch import Batch
 from metnet.rain import EnsembleForecast
-from pipelines.baselines.motion import motion
+from pipelines.motion import motion
 
 
 @dataclass(frozen=True)

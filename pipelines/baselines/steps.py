@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from metnet.advection import advect
 from metnet.batch import Batch
 from metnet.rain import EnsembleForecast
-from pipelines.baselines.motion import motion
+from pipelines.motion import motion
 
 WET = 0.1  # mm/h
 DRY_DECIBEL = -15.0  # dB, what stands for dry where WET is -10 dB

@@ -32,17 +32,21 @@ def test_axial_attention_is_the_sum_of_the_lines_through_each_place():
     x = torch.randn(1, 6, 3, 4, dtype=torch.float64)
     expected = torch.zeros_like(x)
     for column in range(4):
-        expected[0, :, :, column] += along_a_line(attention.along[0], x[0, :, :, column].T).T
+        expected[0, :, :, column] += along_a_line(attention.axial_attentions[0].fn, x[0, :, :, column].T).T
     for row in range(3):
-        expected[0, :, row] += along_a_line(attention.along[1], x[0, :, row].T).T
+        expected[0, :, row] += along_a_line(attention.axial_attentions[1].fn, x[0, :, row].T).T
     torch.testing.assert_close(attention(x), expected)
 
 
 def test_one_axis_after_the_other_starts_with_the_first():
     attention = AxialAttention(dim=6, heads=2, dim_index=1, sum_axial_out=False).double()
     x = torch.randn(1, 6, 3, 4, dtype=torch.float64)
-    down = torch.stack([along_a_line(attention.along[0], x[0, :, :, j].T).T for j in range(4)], dim=2)
-    expected = torch.stack([along_a_line(attention.along[1], down[:, i].T).T for i in range(3)], dim=1)
+    down = torch.stack(
+        [along_a_line(attention.axial_attentions[0].fn, x[0, :, :, j].T).T for j in range(4)], dim=2
+    )
+    expected = torch.stack(
+        [along_a_line(attention.axial_attentions[1].fn, down[:, i].T).T for i in range(3)], dim=1
+    )
     torch.testing.assert_close(attention(x)[0], expected)
 
 

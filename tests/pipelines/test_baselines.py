@@ -8,11 +8,11 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from metnet.batch import Batch
-from pipelines.baselines import motion as motion_module
+from pipelines import motion as motion_module
 from pipelines.baselines.extrapolation import Extrapolation
-from pipelines.baselines.motion import motion
 from pipelines.baselines.persistence import Persistence
 from pipelines.baselines.steps import Steps
+from pipelines.motion import motion
 
 
 def rain_field(size: int = 160, seed: int = 0) -> np.ndarray:

@@ -18,7 +18,7 @@ from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
 from pipelines.cf import RAINFALL_RATE
 from pipelines.cube import Cube
-from pipelines.forecast import forecast
+from pipelines.forecast import forecast, from_path
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.runs import ForecastStore, RunHeader
@@ -339,3 +339,12 @@ def test_a_path_without_a_cube_makes_no_forecast_store(tmp_path, store):
     with pytest.raises(ValueError, match="cube"):
         forecast(str(tmp_path / "nothing"), Persistence(), store)
     assert not (tmp_path / "forecasts").exists()
+
+
+def test_a_model_that_is_neither_folder_nor_baseline_is_told_what_there_is(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"model=persistance: no such folder.*expected persistence, extrapolation"
+    ):
+        from_path("persistance")
+    with pytest.raises(ValueError, match=r"model\.json"):
+        from_path(str(tmp_path))

@@ -109,7 +109,8 @@ def weights_of(run):
 def a_batch():
     rain = torch.from_numpy(np.stack(list(drifting(2))))[None]
     age, lead_time = torch.tensor([[5.0, 0.0]]), torch.tensor([5.0, 10.0])
-    return Batch(rain, age, torch.tensor([0]), lead_time, torch.tensor([1000.0]))
+    motion = torch.full((1, 2, *rain.shape[2:]), 0.1)
+    return Batch(rain, age, torch.tensor([0]), lead_time, torch.tensor([1000.0]), motion)
 
 
 def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_path):

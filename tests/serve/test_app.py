@@ -232,7 +232,7 @@ def test_runs_list_what_the_page_needs(service: Service) -> None:
     listed = service.client.get("/runs").json()
     (run,) = listed["runs"]
     assert [lead["lead_time"] for lead in run["leads"]] == ["10", "20", "30", "40", "50", "60"]
-    assert run["made_by"] == {"forecaster": "a test"}
+    assert run["made_by"] == {"model": "a test"}, "paths of the machine stay there"
     assert {quantity["kind"] for quantity in run["quantities"]} == set(listed["legends"])
     for quantity in run["quantities"]:
         tile = f"/tiles/{run['name']}/{quantity['name']}/{run['leads'][0]['lead_time']}/0/0/0.png"

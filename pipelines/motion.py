@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SMALLEST_IMAGE = 16  # cells a side; DIS fails on less, and on strips
+FRAMES = 4  # newest frames that tell the motion
 LARGEST_IMAGE = 1500  # cells a side; larger fields are averaged down first, which costs no visible skill
 FINEST_MOTION = 512  # cells a side of the grid on which motion is smoothed: it varies slowly
 SMOOTHING = 15.0  # cells: how far rain tells the motion of its surroundings

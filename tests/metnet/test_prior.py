@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import uniform_filter
+
+from metnet.advection import advect
+from metnet.batch import Batch
+from metnet.model import MetNet, climatology
+from metnet.prior import SIDES, AdvectionPrior
+from metnet.rain import RainBins
+
+BINS = RainBins((0.1, 1.0, 5.0), 50.0)
+LEADS = torch.tensor([5.0, 30.0, 60.0])
+
+
+def a_batch(rows=48, columns=64, frames=4, seed=0, speed=(0.4, -0.2)):
+    """Smooth rain that moves by `speed` cells a minute (east, south)."""
+    random = np.random.default_rng(seed)
+    rain = uniform_filter(random.gamma(0.3, 20.0, (rows, columns)), 5).astype(np.float32)
+    rain[rain < 3] = 0
+    newest = torch.from_numpy(rain)[None]
+    motion = torch.tensor(speed)[None, :, None, None].expand(1, 2, rows, columns).contiguous()
+    age = torch.arange(frames - 1, -1, -1.0) * 5
+    radar = advect(newest, motion, -age).nan_to_num()
+    return Batch(radar, age[None], torch.tensor([0]), LEADS, torch.tensor([1000.0]), motion)
+
+
+def small(**arguments):
+    torch.manual_seed(0)
+    return MetNet(frames=4, channels=16, fine_channels=8, depth=1, bins=BINS, grid=(12, 16), **arguments)
+
+
+def test_before_training_the_forecast_is_the_widened_extrapolation():
+    batch = a_batch()
+    network = small()
+    with torch.no_grad():
+        probability = network(batch).probability[0]
+    prior = network.prior
+    carried = advect(batch.radar[:, -1], batch.motion, LEADS)[0]
+    for back, age in ((2, 5.0), (3, 10.0)):
+        older = advect(batch.radar[:, -back], batch.motion, LEADS + age)[0]
+        carried = torch.where(carried.isnan(), older, carried)
+    weights = prior.weights(LEADS).detach().numpy()
+    usual = np.array(climatology(BINS))
+    for n, field in enumerate(carried.numpy()):
+        classes = np.where(np.isnan(field), -1, np.digitize(field, BINS.edges))
+        onehot = np.stack([(classes == k).astype(float) for k in range(len(BINS))])
+        seen = (classes >= 0).astype(float)
+        total = weights[n, :, -1, None, None] * usual[:, None, None]
+        for part, side in enumerate(SIDES[:2]):
+            near = np.stack([uniform_filter(one, side, mode="constant") for one in onehot])
+            near += (1 - uniform_filter(seen, side, mode="constant")) * usual[:, None, None]
+            total = total + weights[n, :, part, None, None] * near
+        for part, side in enumerate(SIDES[2:], start=2):
+            blocks = np.stack([blocked(one) for one in (*onehot, seen)])
+            blocks = np.stack([uniform_filter(one, side // 4, mode="constant") for one in blocks])
+            near = blocks[:-1] + (1 - blocks[-1]) * usual[:, None, None]
+            total = total + weights[n, :, part, None, None] * upsampled(near)
+        expected = total / total.sum(axis=0)
+        np.testing.assert_allclose(probability[n].numpy(), expected, atol=1e-3)
+
+
+def blocked(field):
+    return field.reshape(field.shape[0] // 4, 4, field.shape[1] // 4, 4).mean(axis=(1, 3))
+
+
+def upsampled(blocks):
+    """Bilinear between the middles of the blocks."""
+    for axis in (1, 2):
+        size = blocks.shape[axis]
+        place = np.clip((np.arange(4 * size) + 0.5) / 4 - 0.5, 0, size - 1)
+        low = np.minimum(place.astype(int), size - 2)
+        share = (place - low).reshape([-1 if n == axis else 1 for n in range(3)])
+        blocks = blocks.take(low, axis) * (1 - share) + blocks.take(low + 1, axis) * share
+    return blocks
+
+
+def test_the_further_ahead_the_wider_the_neighbourhoods_that_count():
+    weights = AdvectionPrior(BINS, climatology(BINS)).weights(LEADS)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, len(BINS)))
+    typical = (weights[..., :-1] * torch.tensor(SIDES)).sum(dim=-1)
+    assert (typical.diff(dim=0) > 0).all()
+    assert (weights[..., -1].diff(dim=0) > 0).all(), "so does climatology"
+
+
+def test_nothing_observed_is_climatology_and_nothing_else():
+    prior = AdvectionPrior(BINS, climatology(BINS))
+    said = prior(torch.full((1, 3, 16, 16), torch.nan), LEADS).exp()
+    expected = torch.tensor(climatology(BINS))[:, None, None].expand(len(BINS), 16, 16)
+    for lead in range(3):
+        torch.testing.assert_close(said[0, lead], expected)
+
+
+def test_a_hole_in_the_newest_frame_is_filled_by_the_one_before():
+    whole = a_batch()
+    radar = whole.radar.clone()
+    radar[:, -1, :, 20:40] = torch.nan
+    holed = Batch(radar, whole.age, whole.init_time, LEADS, whole.cell_size, whole.motion)
+    radar = whole.radar.clone()
+    radar[:, -3:] = torch.nan
+    blind = Batch(radar, whole.age, whole.init_time, LEADS, whole.cell_size, whole.motion)
+    network = small()
+    with torch.no_grad():
+        full, patched, unseen = (network(batch).mean() for batch in (whole, holed, blind))
+    assert torch.isfinite(unseen).all()
+    assert (patched - full).abs().mean() < 0.2 * (unseen - full).abs().mean()
+
+
+def test_every_weight_of_network_and_prior_learns():
+    batch = a_batch()
+    network = small()
+    for name, weight in network.named_parameters():
+        if "tell" in name or "classify" in name:  # these start as the identity, and as nothing
+            torch.nn.init.normal_(weight, std=0.1)
+    network.logits(batch).square().mean().backward()
+    still = [
+        name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()
+    ]
+
+    assert still == []
+
+
+def test_without_motion_it_says_what_is_missing():
+    batch = a_batch()
+    still = Batch(batch.radar, batch.age, batch.init_time, LEADS, batch.cell_size)
+    with pytest.raises(ValueError, match="no motion"):
+        small()(still)
+    assert torch.isfinite(small(advection=False)(still).probability).all()
