@@ -7,6 +7,8 @@ import pytest
 
 import cli  # noqa: F401  (sets how OpenMP waits, before torch is loaded)
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are small: more threads only wait
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -1,0 +1,1 @@
+"""The peers' published formulations, written out plainly from their papers and layouts."""
