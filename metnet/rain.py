@@ -239,6 +239,15 @@ class TabulatedForecast:
         )
 
 
+def tabulated(
+    forecast: RainForecast, thresholds: Sequence[float], levels: Sequence[float]
+) -> TabulatedForecast:
+    """What a table of these thresholds (mm/h) and levels keeps of a forecast."""
+    exceedance = torch.stack([forecast.probability_above(threshold) for threshold in thresholds], dim=2)
+    quantiles = torch.stack([forecast.quantile(level) for level in levels], dim=2)
+    return TabulatedForecast(tuple(thresholds), exceedance, tuple(levels), quantiles, forecast.mean())
+
+
 def _cdf_at(threshold: float, rates: Sequence[Tensor], cdf: Sequence[Tensor]) -> Tensor:
     """P(rate < threshold) of a distribution function that is linear between its knots."""
     result = torch.zeros_like(cdf[0])

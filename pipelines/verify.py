@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metnet.batch import Batch
 from metnet.forecaster import Forecaster
-from metnet.rain import RainForecast, TabulatedForecast
+from metnet.rain import RainForecast, TabulatedForecast, tabulated
 from metnet.scores.score import Score
 from pipelines.cube import Cube
 from pipelines.figures import Case, thinned
@@ -159,16 +159,17 @@ class _Run:
             return torch.from_numpy(field.transpose("lead_time", *dims, "y", "x").values)[None]
 
         quantiles = read("rainfall_rate_quantile", "quantile")
-        levels = self.header.quantiles
-        if 0.5 not in levels:
-            levels = (*levels, 0.5)
+        if 0.5 not in self.header.quantiles:
             quantiles = torch.cat([quantiles, read("rainfall_rate_median")[:, :, None]], dim=2)
         exceedance = read("probability_of_exceedance", "threshold")
         mean = read("rainfall_rate_mean")
-        return TabulatedForecast(self.header.thresholds, exceedance, levels, quantiles, mean)
+        return TabulatedForecast(self.header.thresholds, exceedance, self.levels, quantiles, mean)
 
     def baseline(self, name: str, leads: Sequence[int]) -> RainForecast:
-        """What a baseline says from the frames up to the init time."""
+        """What a baseline says from the frames up to the init time, kept as the store would keep it.
+
+        Else the same forecast would score differently in the store and as a baseline.
+        """
         baseline, cube = self.past.baselines[name], self.past.cube
         frames, minutes = baseline.frames, cube.cadence.total_seconds() / 60
         first = self.header.init_time - (frames - 1) * cube.cadence
@@ -179,7 +180,13 @@ class _Run:
             lead_time=torch.tensor([self.header.lead_times[lead] for lead in leads], dtype=torch.float32),
             cell_size=torch.tensor([self.header.grid.cell_size], dtype=torch.float32),
         )
-        return baseline(batch)
+        return tabulated(baseline(batch), self.header.thresholds, self.levels)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The levels of the run's quantiles, the median among them."""
+        levels = self.header.quantiles
+        return levels if 0.5 in levels else (*levels, 0.5)
 
     def observed(self, leads: Sequence[int]) -> Tensor:
         """What was then seen (1, lead, y, x), mm/h."""

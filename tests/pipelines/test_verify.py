@@ -351,3 +351,14 @@ def test_the_page_shows_the_run_with_the_most_rain(cube: Cube, tmp_path: Path) -
 
     wettest = START + max(rain, key=lambda index: rain[index]) * CADENCE
     assert (tmp_path / "report" / "report.html").read_text() == f"{wettest} (5.0, 10.0, 15.0)"
+
+
+def test_the_same_forecast_scores_the_same_in_the_store_and_as_a_baseline(cube: Cube, tmp_path: Path) -> None:
+    newest = lambda index: np.repeat(storm(index)[None, None], len(LEADS), axis=1)  # noqa: E731
+    store = forecast_into(tmp_path / "forecasts", range(3, 9), newest)
+
+    skill = verified(cube, store, tmp_path / "report").report.skill
+
+    for score in SCORES:
+        stored, persistence, _ = skill.sums[score.name]
+        torch.testing.assert_close(stored, persistence, rtol=1e-5, atol=1e-6)
