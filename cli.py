@@ -93,7 +93,7 @@ def _keys(lines: list[str]) -> Iterator[Key]:
 def _groups(lines: list[str]) -> Iterator[tuple[str, str, str]]:
     """`- group: default` and `- group@key: default` of the defaults list."""
     for line in lines:
-        if found := re.fullmatch(r" +- ([a-z]\w*)(?:@(\w+))?: *([a-z]\w*)", line.rstrip()):
+        if found := re.fullmatch(r" +- /?([a-z]\w*)(?:@(\w+))?: *([a-z]\w*)", line.rstrip()):
             yield found[2] or found[1], found[1], found[3]
 
 
@@ -129,6 +129,8 @@ def _add_group(table: Table, key: str, folder: str, default: str) -> None:
         if name != "from_path":
             for inner in says[name].keys:
                 table.add_row(f"    {key}.{inner.name}", inner.default.replace("[", r"\["), inner.meaning)
+            for inner_key, inner_folder, inner_default in says[name].groups:
+                table.add_row(f"    {key}.{inner_key}", inner_default, " | ".join(options(inner_folder)))
 
 
 def options(folder: str) -> list[str]:
@@ -149,6 +151,9 @@ def compose(command: str, words: list[str]) -> Any:
     groups = {
         key: (folder, default) for key, folder, default in read_page(CONFIGS / f"{command}.yaml").groups
     }
+    for key, (folder, default) in list(groups.items()):  # a member of a group may have groups of its own
+        for inner, inner_folder, inner_default in read_page(CONFIGS / folder / f"{default}.yaml").groups:
+            groups[f"{key}.{inner}"] = (inner_folder, inner_default)
     choices, values = _sort_words(_named(command, words), groups)
     try:
         with hydra.initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
@@ -190,7 +195,7 @@ def _sort_words(
         folder = groups[key][0]
         group = key if folder == key else f"{folder}@{key}"
         names = options(folder)
-        if text in names and text != "from_path":
+        if text in (*names, "null") and text != "from_path":
             choices.append(f"{group}={text}")
         elif "from_path" in names and text:
             choices.append(f"{group}=from_path")

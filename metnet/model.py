@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metnet.advection import advect
 from metnet.attention.axial import AxialAttention
 from metnet.attention.positions import AxialPositionalEmbedding
-from metnet.attention.residual import ResidualBlock
+from metnet.attention.residual import ResidualBlock, ToldTrunk
 from metnet.batch import Batch
 from metnet.conv_lstm import ConvLSTM
 from metnet.downsampler import Downsampler
@@ -47,6 +47,7 @@ class MetNet(nn.Module):
         grid: rows and columns the positions are learned on, in cells of the attention blocks (4 pixels).
         bins: the classes of rain; `RainBins.preferred()` by default.
         advection: start from the widened extrapolation, which needs `Batch.motion`; or be the plain MetNet.
+        trunk: makes the whole attention from its channels, in place of the `depth` blocks.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MetNet(nn.Module):
         grid: Sequence[int] = (32, 32),
         bins: RainBins | None = None,
         advection: bool = True,
+        trunk: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         if frames < 1 or depth < 0:
@@ -74,7 +76,9 @@ class MetNet(nn.Module):
         self.positions = AxialPositionalEmbedding(channels, tuple(grid), interpolate=True, scale=0.02)
         self.lead_time = LeadTimeEmbedding(lead_features)
         self.blocks = nn.ModuleList(
-            ResidualBlock(attention(channels), channels, lead_features) for _ in range(depth)
+            [ResidualBlock(attention(channels), channels, lead_features) for _ in range(depth)]
+            if trunk is None
+            else [ToldTrunk(trunk(channels), channels, lead_features)]
         )
         self.surface = Surface(frames * self.scaling.channels, fine_channels)
         usual = climatology(self.bins)

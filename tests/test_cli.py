@@ -33,7 +33,9 @@ ready: false  # whether
 nested:
   depth: 1.5  # metres
 """,
-        "fruit/apple.yaml": "# Red.\n_target_: tests.test_cli.Apple\nseeds: 5  # pips\n",
+        "fruit/apple.yaml": "# Red.\ndefaults:\n  - /skin@skin: red\n  - _self_\n_target_: tests.test_cli.Apple\nseeds: 5  # pips\n",
+        "skin/red.yaml": "# As it is.\n_target_: tests.test_cli.Skin\nname: red\n",
+        "skin/green.yaml": "# Not yet.\n_target_: tests.test_cli.Skin\nname: green\n",
         "fruit/pear.yaml": "# Green.\n_target_: tests.test_cli.Apple\nseeds: 7  # pips\n",
         "fruit/from_path.yaml": "# From a file.\n_target_: tests.test_cli.Apple\nseeds: ${.path}\npath: ???  # the file\n",
     }
@@ -45,8 +47,13 @@ nested:
 
 
 class Apple:
-    def __init__(self, seeds, path=None):
-        self.seeds = seeds
+    def __init__(self, seeds, path=None, skin=None):
+        self.seeds = seeds if skin is None or skin.name == "red" else skin.name
+
+
+class Skin:
+    def __init__(self, name):
+        self.name = name
 
 
 def record(config, **arguments):
@@ -77,6 +84,13 @@ def test_words_become_a_call(door, capsys):
 def test_a_path_may_stand_where_a_group_has_names(door, capsys):
     assert cli.answer("ingest", ["where=x", "other=my/fruit box"]) == 0
     assert "('other', 'my/fruit box')" in capsys.readouterr().out
+
+
+def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
+    assert cli.answer("ingest", ["where=x", "fruit.skin=green"]) == 0
+    assert "('fruit', 'green')" in capsys.readouterr().out
+    assert cli.answer("ingest", ["where=x", "fruit.skin=grene"]) == 2
+    assert "did you mean 'green'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

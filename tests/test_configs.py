@@ -7,7 +7,7 @@ from hydra.utils import get_method, instantiate
 
 import cli
 
-GROUPS = ("attention", "baseline", "grid", "model", "source")
+GROUPS = ("attention", "baseline", "grid", "model", "source", "trunk")
 NEEDS_PATH = {"cf", "mrms", "from_path"}
 
 

@@ -1,10 +1,12 @@
 """`AxialAttention`: self-attention along one axis at a time (Ho et al. 2019, arXiv 1912.12180)."""
 
-import torch
-from einops import pack, unpack
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metnet.attention.lines import attend
 from metnet.attention.multihead import SelfAttention
 
 
@@ -38,20 +40,15 @@ class AxialAttention(nn.Module):
         sum_axial_out: bool = True,
     ):
         super().__init__()
-        if num_dimensions < 1:
-            raise ValueError(f"num_dimensions={num_dimensions}: expected at least 1")
+        self.dim_index = channel_index("dim_index", dim_index, num_dimensions)
+        permutations = calculate_permutations(num_dimensions, dim_index)
         self.dims = num_dimensions + 2
-        index = dim_index + self.dims if dim_index < 0 else dim_index
-        if not 0 < index < self.dims:
-            raise ValueError(
-                f"dim_index={dim_index}: expected 1..{self.dims - 1} or -{self.dims - 1}..-1 "
-                f"for num_dimensions={num_dimensions} (0 is the batch)"
-            )
-        self.dim = dim
-        self.dim_index = index
+        self.dim, self.heads = dim, heads
         self.sum_axial_out = sum_axial_out
-        self.axes = [axis for axis in range(1, self.dims) if axis != index]
-        self.along = nn.ModuleList(SelfAttention(dim, heads, dim_heads) for _ in self.axes)
+        self.axes = [permutation[-2] for permutation in permutations]
+        self.axial_attentions = nn.ModuleList(
+            PermuteToFrom(permutation, SelfAttention(dim, heads, dim_heads)) for permutation in permutations
+        )
 
     def forward(self, x: Float[Tensor, "batch *places"]) -> Float[Tensor, "batch *places"]:
         """What all lines through each place say to it.
@@ -64,15 +61,59 @@ class AxialAttention(nn.Module):
                 f"x has shape {tuple(x.shape)}: expected {self.dims} dimensions "
                 f"with dim={self.dim} channels at dim_index={self.dim_index}"
             )
-        if x.numel() == 0:
-            return torch.zeros_like(x)
-        summed: list[Tensor] = []
-        for axis, attention in zip(self.axes, self.along, strict=True):
-            lines, rest = pack([x.movedim((axis, self.dim_index), (-2, -1))], "* place channel")
-            mixed = unpack(attention(lines), rest, "* place channel")[0]
-            mixed = mixed.movedim((-2, -1), (axis, self.dim_index))
-            if self.sum_axial_out:
-                summed = [summed[0] + mixed] if summed else [mixed]
-            else:
-                x = mixed
-        return summed[0] if self.sum_axial_out else x
+        attentions: Iterable[Any] = self.axial_attentions
+        weights = [attention.fn.projections() for attention in attentions]
+        if self.sum_axial_out:
+            return attend(x, self.dim_index, self.axes, self.heads, weights)
+        for axis, of_axis in zip(self.axes, weights, strict=True):
+            x = attend(x, self.dim_index, (axis,), self.heads, [of_axis])
+        return x
+
+
+class PermuteToFrom(nn.Module):
+    """`fn` on all lines along the dimension that `permutation` puts before the last, put back in place.
+
+    Args:
+        permutation: of all dimensions, the axis and the channels last.
+        fn: takes (line, place, channel) and gives the same shape.
+    """
+
+    def __init__(self, permutation: Sequence[int], fn: nn.Module):
+        super().__init__()
+        self.fn: Any = fn
+        self.permutation = list(permutation)
+        self.inv_permutation = [self.permutation.index(n) for n in range(len(self.permutation))]
+
+    def forward(self, x: Float[Tensor, "batch *places"], **kwargs: Any) -> Float[Tensor, "batch *places"]:
+        """What `fn` makes of the lines; `kwargs` go to it."""
+        lines = x.permute(self.permutation)
+        mixed: Tensor = self.fn(lines.flatten(0, -3), **kwargs)
+        return mixed.view(lines.shape).permute(self.inv_permutation)
+
+
+def calculate_permutations(num_dimensions: int, emb_dim: int) -> list[list[int]]:
+    """For each axis, ascending, the order of dimensions that puts it and the channels (`emb_dim`) last.
+
+    Raises:
+        ValueError: for no axis at all, or an `emb_dim` that names the batch or no dimension.
+    """
+    index = channel_index("emb_dim", emb_dim, num_dimensions)
+    axes = [axis for axis in range(1, num_dimensions + 2) if axis != index]
+    return [[n for n in range(num_dimensions + 2) if n not in (axis, index)] + [axis, index] for axis in axes]
+
+
+def channel_index(name: str, index: int, num_dimensions: int) -> int:
+    """`index`, counted from the front.
+
+    Raises:
+        ValueError: for no axis at all, or an index that names the batch or no dimension.
+    """
+    if num_dimensions < 1:
+        raise ValueError(f"num_dimensions={num_dimensions}: expected at least 1")
+    dims = num_dimensions + 2
+    if not 0 < abs(index) < dims:
+        raise ValueError(
+            f"{name}={index}: expected 1..{dims - 1} or -{dims - 1}..-1 "
+            f"for num_dimensions={num_dimensions} (0 is the batch)"
+        )
+    return index % dims

@@ -1,9 +1,9 @@
 """`SelfAttention`: heads, scaled dot product, merge (Vaswani et al. 2017, arXiv 1706.03762)."""
 
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from metnet.attention.lines import Projections, attend, mixture
 
 
 class SelfAttention(nn.Module):
@@ -32,16 +32,34 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(width, dim)
 
     def forward(
-        self, x: Float[Tensor, "line place dim"], kv: Float[Tensor, "line other dim"] | None = None
+        self, x: Float[Tensor, "line place dim"], kv: Float[Tensor, "line other kv_dim"] | None = None
     ) -> Float[Tensor, "line place dim"]:
-        """The mixture of values that each place of `x` asks for, from `kv` or from `x` itself."""
-        q = rearrange(self.to_q(x), "line place (head e) -> line head place e", head=self.heads)
-        k, v = rearrange(
-            self.to_kv(x if kv is None else kv),
-            "line place (kv head e) -> kv line head place e",
-            kv=2,
-            head=self.heads,
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        merged: Tensor = self.to_out(rearrange(mixed, "line head place e -> line place (head e)"))
+        """The mixture of values that each place of `x` asks for, from `kv` or from `x` itself.
+
+        Raises:
+            ValueError: for other channels than `dim`, or a `kv` without a place.
+        """
+        self._check("x", x)
+        if kv is None:
+            return attend(x, 2, (1,), self.heads, [self.projections()])
+        self._check("kv", kv)
+        if 0 in (*x.shape, *kv.shape):
+            return self._nothing(x, kv)
+        k, v = self.to_kv(kv).chunk(2, dim=-1)
+        merged: Tensor = self.to_out(mixture(self.to_q(x), k, v, self.heads))
         return merged
+
+    def projections(self) -> Projections:
+        """The weights, as `attend` takes them."""
+        return Projections(self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.to_out.bias)
+
+    def _nothing(self, x: Tensor, kv: Tensor) -> Tensor:
+        if x.numel() and not kv.shape[1]:
+            raise ValueError(f"kv has shape {tuple(kv.shape)}: expected at least 1 place to attend to")
+        nothing: Tensor = x + 0 * (kv.sum() + sum(weight.sum() for weight in self.parameters()))
+        return nothing
+
+    def _check(self, name: str, lines: Tensor) -> None:
+        dim = self.to_q.in_features
+        if lines.ndim != 3 or lines.shape[2] != dim:
+            raise ValueError(f"{name} has shape {tuple(lines.shape)}: expected (line, place, dim={dim})")

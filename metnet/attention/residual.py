@@ -1,5 +1,7 @@
 """`ResidualBlock`: a pre-norm block around any attention over a map (Xiong et al. 2020, arXiv 2002.04745)."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -47,3 +49,33 @@ class ResidualBlock(nn.Module):
         wide = F.gelu(self.widen(self.tell_dense(self.before_dense(x), told)))
         narrowed: Tensor = self.narrow(wide + self.around(wide))
         return x + narrowed
+
+
+class BothAxes(nn.Module):
+    """A layer along y, then one along x; `layer` makes them from channels in, channels out and `width`."""
+
+    def __init__(self, channels: int, layer: Callable[..., nn.Module]):
+        super().__init__()
+        self.along_y = layer(channels, channels, width=False)
+        self.along_x = layer(channels, channels, width=True)
+
+    def forward(self, x: Float[Tensor, "batch channel y x"]) -> Float[Tensor, "batch channel y x"]:
+        """The map after both."""
+        mixed: Tensor = self.along_x(self.along_y(x))
+        return mixed
+
+
+class ToldTrunk(nn.Module):
+    """A whole stack with norms and residuals of its own, told the lead time before it starts."""
+
+    def __init__(self, trunk: nn.Module, channels: int, features: int):
+        super().__init__()
+        self.tell = FiLM(features, channels)
+        self.trunk = trunk
+
+    def forward(
+        self, x: Float[Tensor, "batch channel y x"], told: Float[Tensor, "batch feature"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        """The map after the stack; `told` are the features of each map's lead time."""
+        mixed: Tensor = self.trunk(self.tell(x, told))
+        return mixed
