@@ -148,13 +148,9 @@ def compose(command: str, words: list[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups = {
-        key: (folder, default) for key, folder, default in read_page(CONFIGS / f"{command}.yaml").groups
-    }
-    for key, (folder, default) in list(groups.items()):  # a member of a group may have groups of its own
-        for inner, inner_folder, inner_default in read_page(CONFIGS / folder / f"{default}.yaml").groups:
-            groups[f"{key}.{inner}"] = (inner_folder, inner_default)
-    choices, values = _sort_words(_named(command, words), groups)
+    groups = _choices(command)
+    words = [_in_full(word, groups) for word in _named(command, words)]
+    choices, values = _sort_words(words, groups)
     try:
         with hydra.initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             plain = hydra.compose(command, choices)
@@ -169,6 +165,24 @@ def compose(command: str, words: list[str]) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(" ".join(str(error).split())) from error
     return config
+
+
+def _choices(command: str) -> dict[str, tuple[str, str]]:
+    """The group keys of a command, each with its folder and default; `model.attention` is `model`'s own."""
+    groups = {
+        key: (folder, default) for key, folder, default in read_page(CONFIGS / f"{command}.yaml").groups
+    }
+    for key, (folder, default) in list(groups.items()):
+        for inner, inner_folder, inner_default in read_page(CONFIGS / folder / f"{default}.yaml").groups:
+            groups[f"{key}.{inner}"] = (inner_folder, inner_default)
+    return groups
+
+
+def _in_full(word: str, groups: dict[str, tuple[str, str]]) -> str:
+    """`attention=...` is short for `model.attention=...`, and so are the keys below it."""
+    first, *rest = re.split(r"(?=[.=])", word, maxsplit=1)
+    long = [key for key in groups if key.endswith(f".{first}")]
+    return f"{long[0]}{''.join(rest)}" if len(long) == 1 and first not in groups else word
 
 
 def _named(command: str, words: list[str]) -> list[str]:

@@ -89,6 +89,8 @@ def test_a_path_may_stand_where_a_group_has_names(door, capsys):
 def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
     assert cli.answer("ingest", ["where=x", "fruit.skin=green"]) == 0
     assert "('fruit', 'green')" in capsys.readouterr().out
+    assert cli.answer("ingest", ["where=x", "skin=green"]) == 0
+    assert "('fruit', 'green')" in capsys.readouterr().out, "the key may stand alone"
     assert cli.answer("ingest", ["where=x", "fruit.skin=grene"]) == 2
     assert "did you mean 'green'" in capsys.readouterr().err
 
