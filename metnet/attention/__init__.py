@@ -8,7 +8,7 @@ from metnet.attention.criss_cross import (
     RowAttention,
     RowColumnAttention,
 )
-from metnet.attention.decoder import AxialDecoder, ChannelEncoder
+from metnet.attention.decoder import AxialDecoder, AxialSliceDecoder, ChannelEncoder, gumbel
 from metnet.attention.external import ExternalAttention, MultiHeadExternalAttention, TokenExternalAttention
 from metnet.attention.image_transformer import AxialImageTransformer, ChanLayerNorm, PreNorm, Sequential
 from metnet.attention.multihead import SelfAttention
@@ -22,6 +22,7 @@ __all__ = [
     "AxialDecoder",
     "AxialImageTransformer",
     "AxialPositionalEmbedding",
+    "AxialSliceDecoder",
     "ChanLayerNorm",
     "ChannelEncoder",
     "ColumnAttention",
@@ -43,5 +44,6 @@ __all__ = [
     "TokenExternalAttention",
     "calculate_permutations",
     "dump_published",
+    "gumbel",
     "load_published",
 ]
