@@ -8,10 +8,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.table import Table
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONFIGS = Path(__file__).parent / "configs"
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 COMMANDS = ("demo", "ingest", "inspect", "train", "forecast", "verify", "serve")
 
 
@@ -157,7 +159,9 @@ def compose(command: str, words: list[str]) -> Any:
             known = set(_flatten(OmegaConf.to_container(plain)))
             for key, text in values:
                 _check(key, text, known | set(groups), plain)
-            config = hydra.compose(command, choices + [_override(key, text) for key, text in values])
+            config = hydra.compose(
+                command, choices + [_override(key, text, _is_required(plain, key)) for key, text in values]
+            )
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UsageError(_say_missing(command, missing))
@@ -187,10 +191,14 @@ def _in_full(word: str, groups: dict[str, tuple[str, str]]) -> str:
 
 def _named(command: str, words: list[str]) -> list[str]:
     """The words with `path=` before a bare one, where a path is all that is required (`inspect out/cube`)."""
-    required = [key.name for key in read_page(CONFIGS / f"{command}.yaml").keys if key.default == "required"]
-    if required != ["path"]:
+    keys = read_page(CONFIGS / f"{command}.yaml").keys
+    if [key.name for key in keys if key.default == "required"] != ["path"]:
         return words
-    return [word if "=" in word else f"path={word}" for word in words]
+    named = [word for word in words if re.match(r"[+~]?[\w.]+=", word)]
+    bare = [word for word in words if word not in named]
+    if len(bare) > 1:
+        raise UsageError(f"{' '.join(bare)}: expected one path")
+    return [f"path={word}" for word in bare] + named
 
 
 def _sort_words(
@@ -203,6 +211,10 @@ def _sort_words(
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UsageError(f"{word!r}: expected key=value")
+        if not text:  # as a path it would be the working directory
+            raise UsageError(f"{key}=: expected a value behind it")
+        if text.startswith("~/"):  # which no shell expands behind a key
+            text = str(Path(text).expanduser())
         if key not in groups:
             values.append((key, text))
             continue
@@ -231,20 +243,31 @@ def _check(key: str, text: str, known: set[str], plain: Any) -> None:
         raise UsageError(f"no key {key!r}{_nearest(key, every)}; the keys are: {', '.join(every)}")
     default = OmegaConf.select(plain, key, throw_on_missing=False)
     value = OverridesParser.create().parse_override(_override(key, text)).value()
+    if OmegaConf.is_list(default) and not isinstance(value, list | None):
+        raise UsageError(f"{key}={text}: expected a list, such as [{text}]")
     wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))
     if wanted and (not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise UsageError(f"{key}={text}: expected {kind}, such as {str(default).lower()}")
+        raise UsageError(f"{key}={text}: expected {KINDS[type(default)]}, such as {str(default).lower()}")
 
 
-def _override(key: str, text: str) -> str:
-    """One Hydra override; text that is no Hydra value (a path with a blank, say) is quoted."""
+def _is_required(plain: Any, key: str) -> bool:
+    """Whether a key has no default; nothing but paths is required."""
+    from omegaconf import OmegaConf
+
+    outer, _, name = key.rpartition(".")
+    node = OmegaConf.select(plain, outer) if outer else plain
+    return node is not None and OmegaConf.is_missing(node, name)
+
+
+def _override(key: str, text: str, is_path: bool = False) -> str:
+    """One Hydra override; text that is no Hydra value (a path with a blank, or of digits) is quoted."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={text}")
-        if not parsed.is_sweep_override() and not isinstance(parsed.value(), dict):
+        wrong = (dict, list, bool, int, float, type(None)) if is_path else dict
+        if not parsed.is_sweep_override() and not isinstance(parsed.value(), wrong):
             return f"{key}={text}"
     except HydraException:
         pass
@@ -276,14 +299,42 @@ def call(config: Any) -> Any:
     from omegaconf import OmegaConf
 
     function = get_method(config["_target_"])
-    arguments = {
-        str(key): instantiate(value, _convert_="all") if OmegaConf.is_config(value) else value
-        for key, value in config.items()
-        if key != "_target_"
-    }
+    hints = get_type_hints(function)
+    arguments: dict[str, Any] = {}
+    for key in config:
+        if key == "_target_":
+            continue
+        value = config[key]
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if key in hints and not _fits(plain, hints[key]):
+            raise UsageError(f"{key}={plain}: expected {_kind(hints[key])}")
+        if isinstance(plain, int | float) and not isinstance(plain, bool) and _fits("", hints.get(key, int)):
+            value = str(plain)  # a date of digits
+        arguments[key] = instantiate(value, _convert_="all") if OmegaConf.is_config(value) else value
     if "config" in inspect.signature(function).parameters:
         arguments["config"] = OmegaConf.to_container(config)
     return function(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation wants; a call that is still to be made fits any class."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) in (list, Sequence):
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint not in KINDS:
+        return isinstance(value, dict)
+    wanted = {float: (int, float), str: (int, float, str)}.get(hint, hint)
+    return isinstance(value, wanted) and isinstance(value, bool) == (hint is bool)
+
+
+def _kind(hint: Any) -> str:
+    """What an annotation wants, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_kind(part) for part in get_args(hint) if part in KINDS or get_args(part))
+    if get_origin(hint) in (list, Sequence):
+        return f"a list, each {_kind(get_args(hint)[0])}"
+    return KINDS.get(hint, "a call with _target_")
 
 
 def run(command: str, words: list[str]) -> None:

@@ -64,9 +64,10 @@ class MetNet(nn.Module):
         trunk: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
-        if frames < 1 or depth < 0:
+        if frames < 1 or depth < 0 or channels < 1:
             raise ValueError(
-                f"frames={frames}, depth={depth}: expected at least 1 frame and no fewer than 0 blocks"
+                f"frames={frames}, depth={depth}, channels={channels}: expected at least 1 frame, "
+                "no fewer than 0 blocks and at least 1 channel"
             )
         self._frames = frames
         self.bins = RainBins.preferred() if bins is None else bins

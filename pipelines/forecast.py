@@ -30,6 +30,7 @@ THRESHOLDS = (0.1, 1.0, 2.0, 5.0, 10.0)  # mm/h
 QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 HORIZON = 60.0  # minutes, where nothing says how far ahead
 MOST_LEADS = 12  # up to the horizon
+LONGEST_LEAD = 24 * 60.0  # minutes; no radar frame tells of later rain
 TEXT = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -100,6 +101,7 @@ def forecast(
     Raises:
         ValueError: for an init time without data or with too few frames before it, a cube of another
             cadence than the model's, or a run that another model or other keys made at the same place.
+            With "all", a frame that holds no observation is passed over with a warning.
     """
     began = monotonic()
     opened = Cube.open(cube)
@@ -112,16 +114,26 @@ def forecast(
     made_of = _provenance(opened, model, config)
     headers = [RunHeader(init, opened.grid, leads, limits, levels, made_of) for init in inits]
     store = ForecastStore.open_or_create(forecasts)
-    done = [_run(store, opened, model, header) for header in track(headers, "forecasting")]
+    made: dict[str, _Run] = {}
+    blind: set[str] = set()
+    for header in track(headers, "forecasting"):
+        try:
+            run = _run(store, opened, model, header)
+        except _BlindError as error:
+            if init_time != "all":
+                raise
+            log.warning("no run %s: %s", header.name, error)
+            blind.add(header.name)
+        else:
+            made.update({} if run is None else {header.name: run})
     if export is not None:
         export_run(store, headers[0].name, Path(export))
-    made = {header.name: run for header, run in zip(headers, done, strict=True) if run is not None}
     return Forecasted(
         path=forecasts,
         model=_name(model),
         lead_times=leads,
         made=tuple(made),
-        there=tuple(header.name for header in headers if header.name not in made),
+        there=tuple(header.name for header in headers if header.name not in (*made, *blind)),
         degraded={name: run.missing for name, run in made.items() if run.missing},
         covered=list(made.values())[-1].covered if made else math.nan,
         seconds=monotonic() - began,
@@ -141,6 +153,10 @@ def from_path(path: str) -> TrainedModel:
             "expected persistence, extrapolation, steps, or the run folder of metnet train"
         )
     return trained(path)
+
+
+class _BlindError(ValueError):
+    """The frame of an init time holds no observation."""
 
 
 @dataclass
@@ -190,7 +206,7 @@ def _past(cube: Cube, frames: int, header: RunHeader) -> tuple[Batch, str]:
     radar = torch.from_numpy(cube.block(times[0], frames))
     empty = [bool(frame.isnan().all()) for frame in radar]
     if empty[-1]:
-        raise ValueError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation")
+        raise _BlindError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation")
     minutes = cube.cadence.total_seconds() / 60
     batch = Batch(
         radar=radar[None],
@@ -219,6 +235,8 @@ def _init_times(
     if start is not None or end is not None or every is not None:
         raise ValueError(f"init_time={wanted}: start, end and every only choose from init_time=all")
     texts = [wanted] if isinstance(wanted, str | datetime) else wanted
+    if not texts:
+        raise ValueError(f"init_time={wanted}: expected latest, all, or at least one time")
     times = sorted({present[-1] if text == "latest" else parse_time(text) for text in texts})
     first = cube.times[0] + (frames - 1) * cube.cadence
     begin = f"the cube {cube.path} begins at {cube.times[0]:{TEXT}}"
@@ -281,15 +299,16 @@ def _lead_times(cube: Cube, model: Forecaster, wanted: Sequence[float] | None) -
                 f"the model learned from frames every {learned:g} min, the cube {cube.path} has one every "
                 f"{minutes:g} min; train a model on a cube like this one"
             )
-        if wanted is not None and max(wanted) > max(model.lead_times):
+        if wanted and max(wanted) > max(model.lead_times):
             log.warning("lead times beyond %g min: the model never saw any", max(model.lead_times))
-        leads = tuple(float(lead) for lead in wanted or model.lead_times)
+        leads = tuple(float(lead) for lead in (model.lead_times if wanted is None else wanted))
     else:
         step = minutes * math.ceil(HORIZON / MOST_LEADS / minutes)
         count = max(1, int(HORIZON / step))
-        leads = tuple(float(lead) for lead in wanted or [step * (i + 1) for i in range(count)])
-    if leads[0] <= 0:
-        raise ValueError(f"lead_times={leads}: expected minutes above 0")
+        usual = [step * (i + 1) for i in range(count)]
+        leads = tuple(float(lead) for lead in (usual if wanted is None else wanted))
+    if leads and leads[-1] > LONGEST_LEAD:
+        raise ValueError(f"lead_times={leads}: expected minutes up to {LONGEST_LEAD:g}")
     return leads
 
 

@@ -90,10 +90,13 @@ def _cube(cube: Cube) -> Iterator[Fact]:
             most, most_time = float(field[known].max()), times[index]
     of = f"in {len(chosen)} frames looked at"
     yield "observed", f"{seen / cells:.1%} of the cells, {of}"
+    if not seen:
+        yield "rain", "unknown: no cell was observed"
+        return
     yield (
         "rain",
         (
-            f"{wet / max(seen, 1):.1%} of the observed cells have {WET:g} mm/h or more; "
+            f"{wet / seen:.1%} of the observed cells have {WET:g} mm/h or more; "
             f"the most is {most:.1f} mm/h at {most_time:{TIME}}, {of}"
         ),
     )

@@ -58,8 +58,11 @@ def draw(path: Path, title: str, grid: Grid, rows: Sequence[Sequence[Panel]]) ->
         _scale(figure, list(line[: len(row)]), row[0].probability)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
+    try:
+        figure.savefig(unfinished, format="png")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _size(grid: Grid, longer: float) -> tuple[float, float]:
@@ -103,7 +106,9 @@ def _draw(axes: Axes, grid: Grid, panel: Panel) -> None:
 
 
 def _graticule(axes: Axes, grid: Grid, unit: float) -> None:
-    """Parallels and meridians with their degrees, over a grid of a projection."""
+    """Parallels and meridians with their degrees, over a grid of a projection; a single line shows none."""
+    if min(grid.shape) < 2:
+        return
     coarse = max(1, max(grid.shape) // 60)
     rows, columns = _places(grid.y_size, coarse), _places(grid.x_size, coarse)
     x, y = np.meshgrid(grid.x[columns] * unit, grid.y[rows] * unit)

@@ -1,5 +1,6 @@
 """`ForecastStore`: forecast runs in an Icechunk repository, each a CF-1.11 group named by its init time."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -49,17 +50,22 @@ class RunHeader:
 
         Raises:
             ValueError: for a time that is not UTC or not a whole second, no lead times or thresholds,
-                numbers that do not rise, or attributes that the store sets itself.
+                numbers that do not rise, are equal in six figures or lie outside their range, or attributes
+                that the store sets itself.
         """
         if self.init_time.utcoffset() != timedelta(0) or self.init_time.microsecond:
             raise ValueError(f"init_time={self.init_time}: expected whole seconds in UTC")
-        for name, values in (
-            ("lead_times", self.lead_times),
-            ("thresholds", self.thresholds),
-            ("quantiles", self.quantiles),
+        for name, values, top, unit in (
+            ("lead_times", self.lead_times, math.inf, "minutes above 0"),
+            ("thresholds", self.thresholds, math.inf, "mm/h above 0"),
+            ("quantiles", self.quantiles, 1.0, "within 0..1, both excluded"),
         ):
             if not values or any(b <= a for a, b in pairwise(values)):
                 raise ValueError(f"{name}={values}: expected one or more rising numbers")
+            if not all(0 < value < top for value in values):
+                raise ValueError(f"{name}={values}: expected numbers {unit}")
+            if len({f"{value:g}" for value in values}) < len(values):  # the names under which they are served
+                raise ValueError(f"{name}={values}: expected numbers that differ in their first six figures")
         for name, value in self.attributes.items():
             if name in OWN_ATTRIBUTES or not isinstance(value, str):
                 raise ValueError(f"attribute {name}={value!r}: expected text, and none of {OWN_ATTRIBUTES}")

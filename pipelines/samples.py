@@ -258,6 +258,6 @@ def _turned(random: np.random.Generator, radar: Fields, target: Fields) -> tuple
 
     def turn(fields: Fields) -> Fields:
         turned = np.rot90(fields, turns, axes=(1, 2))
-        return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
+        return (turned[:, :, ::-1] if mirrored else turned).copy()  # torch takes no steps backward
 
     return turn(radar), turn(target)

@@ -28,6 +28,7 @@ from pipelines.trained import CARD, WEIGHTS, read_card
 from pipelines.version import version
 
 CONFIG = "config.json"
+LAST = "checkpoints/last.ckpt"
 log = logging.getLogger(__name__)
 
 
@@ -99,6 +100,9 @@ def train(
         ValueError: if there is no cube or too little of it, a lead time is no multiple of its cadence, the
             run folder belongs to another call, or the loss stops being finite.
     """
+    for key, count in (("leads_per_step", leads_per_step), ("check_every", check_every)):
+        if count < 1:
+            raise ValueError(f"{key}={count}: expected at least 1")
     folder = Path(run)
     finished = _finished(folder, config)
     if finished is not None:
@@ -140,19 +144,19 @@ def _between(cube: Cube, start: str | None, end: str | None) -> slice:
 def _finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
     """The result of a run that this very call has finished before.
 
+    A folder in which no training has left anything yet belongs to nobody: a wrong setting may be put right.
+
     Raises:
         ValueError: if the folder belongs to a call with other settings than how long to train.
     """
     started = folder / CONFIG
-    if started.is_file():
-        before = json.loads(started.read_text())["config"]
-        differing = sorted(
-            key
-            for key in {*before, *config} - {"trainer", "run"}
-            if before.get(key) != _plain(config).get(key)
+    if started.is_file() and ((folder / LAST).is_file() or (folder / CARD).is_file()):
+        before, wanted = (
+            dict(_settings(call)) for call in (json.loads(started.read_text())["config"], _plain(config))
         )
+        differing = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
         if differing:
-            named = ", ".join(f"{key}={config.get(key)} (it was {before.get(key)})" for key in differing)
+            named = ", ".join(f"{key}={wanted.get(key)} (it was {before.get(key)})" for key in differing)
             raise ValueError(
                 f"run={folder} was started with other settings: {named}; choose another run folder"
             )
@@ -162,6 +166,15 @@ def _finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
     return Trained(
         folder, card["steps"], card["seconds"], card["parameters"], card["validation"], before=True
     )
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings that make a run what it is, each with its dotted key; not where, nor how long."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.") if prefix or key != "trainer" else ()
+        elif prefix or key != "run":
+            yield f"{prefix}{key}", value
 
 
 def _begin(folder: Path, config: Mapping[str, Any], snapshot: str) -> None:
@@ -179,10 +192,10 @@ def _begin(folder: Path, config: Mapping[str, Any], snapshot: str) -> None:
 
 def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path) -> "Fitted":
     """Trains from the last checkpoint, or from the start, to the trainer's limit."""
-    checkpoints = folder / "checkpoints"
+    last = folder / LAST
     validated = data.validation is not None
     keep = ModelCheckpoint(
-        checkpoints,
+        last.parent,
         filename="best",
         monitor="val_crps" if validated else None,
         save_last=True,
@@ -192,8 +205,10 @@ def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path
     on_terminal = sys.stderr.isatty()
     bar: list[Callback] = [RichProgressBar()] if on_terminal else []
     trainer = _made(make, [keep, *bar], folder, on_terminal)
-    last = checkpoints / "last.ckpt"
-    trainer.fit(task, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    except SystemExit as stop:  # what Lightning makes of Ctrl+C
+        raise KeyboardInterrupt from stop
     trainer.save_checkpoint(last)
     steps = trainer.global_step
     if validated and task.scored_at != steps:
@@ -236,9 +251,13 @@ def _made(
             enable_progress_bar=on_terminal,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, TypeError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error}") from error
+    except AttributeError as error:  # what Lightning makes of max_time=5
+        raise ValueError("trainer.max_time: expected days:hours:minutes:seconds") from error
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if any(isinstance(callback, Timer) and callback.time_remaining() == 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError("trainer.max_time: expected more than no time at all")
     if trainer.max_steps < 0 and not timed:
         raise ValueError("trainer.max_steps=-1 and trainer.max_time=null: give one of them, or it never ends")
     if not timed:

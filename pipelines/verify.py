@@ -77,6 +77,8 @@ def verify(
         ValueError: if there is nothing to verify, saying what is missing.
     """
     check_names(scores)
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: expected at least 1")
     if reference not in baselines:
         raise ValueError(
             f"reference={reference}: expected one of the baselines {', '.join(baselines) or '(none)'}"

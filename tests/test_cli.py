@@ -32,6 +32,8 @@ count: 3  # how many
 ready: false  # whether
 nested:
   depth: 1.5  # metres
+window: null  # whole numbers
+when: null  # a time
 """,
         "fruit/apple.yaml": "# Red.\ndefaults:\n  - /skin@skin: red\n  - _self_\n_target_: tests.test_cli.Apple\nseeds: 5  # pips\n",
         "skin/red.yaml": "# As it is.\n_target_: tests.test_cli.Skin\nname: red\n",
@@ -56,7 +58,8 @@ class Skin:
         self.name = name
 
 
-def record(config, **arguments):
+def record(config, window: list[int] | None = None, when: str | None = None, **arguments):
+    arguments |= {key: value for key, value in (("window", window), ("when", when)) if value is not None}
     if arguments["where"] == "nowhere":
         raise ValueError("no such\nplace")
     if arguments["where"] == "broken":
@@ -86,6 +89,30 @@ def test_a_path_may_stand_where_a_group_has_names(door, capsys):
     assert "('other', 'my/fruit box')" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", ["2020", "007", "1e3", "true", "[x]", "it's"])
+def test_a_path_is_text_whatever_it_looks_like(door, capsys, path):
+    assert cli.answer("ingest", [f"where={path}"]) == 0
+    assert str(("where", path)) in capsys.readouterr().out
+
+
+def test_the_home_folder_stands_behind_a_key_too(door, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cli.answer("ingest", ["where=~/rain"]) == 0
+    assert "('where', '/home/me/rain')" in capsys.readouterr().out
+
+
+def test_a_time_of_digits_stays_text(door, capsys):
+    assert cli.answer("ingest", ["where=x", "when=20200601"]) == 0
+    assert "('when', '20200601')" in capsys.readouterr().out
+
+
+def test_inspect_takes_one_bare_path_with_any_sign_in_it(tmp_path, capsys):
+    assert cli.answer("inspect", [str(tmp_path / "a b=c")]) == 1
+    assert "a b=c: no such folder" in capsys.readouterr().err
+    assert cli.answer("inspect", ["a", "b"]) == 2
+    assert "a b: expected one path" in capsys.readouterr().err
+
+
 def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
     assert cli.answer("ingest", ["where=x", "fruit.skin=green"]) == 0
     assert "('fruit', 'green')" in capsys.readouterr().out
@@ -104,6 +131,11 @@ def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
         (["where"], 2, "expected key=value"),
         (["where=x", "count=many"], 2, "count=many: expected a whole number, such as 3"),
         (["where=x", "ready=1"], 2, "expected true or false"),
+        (["where=x", "window=5"], 2, "window=5: expected a list, each a whole number or null"),
+        (["where=x", "window=[1,2.5]"], 2, "window=[1, 2.5]: expected a list"),
+        (["where=x", "when=[1]"], 2, "when=[1]: expected text or null"),
+        (["where="], 2, "where=: expected a value"),
+        (["where=x", "other="], 2, "other=: expected a value"),
         (["where=nowhere"], 1, "metnet ingest: no such place"),
         (["where=broken"], 1, "RuntimeError: inner trouble"),
     ],

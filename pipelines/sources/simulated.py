@@ -7,6 +7,7 @@ growth and decay end.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,9 +55,12 @@ class Simulated:
         """Refuses what is no radar.
 
         Raises:
-            ValueError: for no cells, no frames, a cadence that is not above 0 or a start that is no time.
+            ValueError: for no cells, no frames, a cadence that is not above 0, a seed below 0, or a start
+                that is no time.
         """
-        if self.size < 8 or self.frames < 1 or self.cadence <= 0:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: expected a whole number from 0")
+        if self.size < 8 or self.frames < 1 or not 0 < self.cadence < math.inf:
             raise ValueError(
                 f"size={self.size}, frames={self.frames}, cadence={self.cadence}: expected a size of "
                 "at least 8 cells, at least 1 frame and a cadence above 0 minutes"

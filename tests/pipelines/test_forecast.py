@@ -232,6 +232,31 @@ def test_a_frame_without_a_single_observation_is_no_start(tmp_path, store):
         forecast(cube, Persistence(), store)
 
 
+def test_all_passes_over_a_frame_without_an_observation_and_says_so(tmp_path, store, caplog):
+    frames = {5.0 * i: np.full((3, 3), np.nan if i == 1 else 1.0) for i in range(3)}
+    made = forecast(make_cube(tmp_path / "cube", frames), Persistence(), store, init_time="all")
+    assert made.made == ("20200601T000000Z", "20200601T001000Z")
+    assert made.there == ()
+    assert "no run 20200601T000500Z" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"lead_times": []}, "lead_times"),
+        ({"lead_times": [float("nan")]}, "lead_times"),
+        ({"lead_times": [5, 1e9]}, "lead_times"),
+        ({"thresholds": [0, 1]}, "thresholds"),
+        ({"quantiles": [0, 0.5]}, "quantiles"),
+        ({"init_time": []}, "init_time"),
+    ],
+)
+def test_keys_that_make_no_run_are_refused_by_name_and_leave_no_store(cube, store, tmp_path, keys, named):
+    with pytest.raises(ValueError, match=named):
+        forecast(cube, Persistence(), store, **keys)
+    assert not (tmp_path / "forecasts").exists()
+
+
 def test_all_takes_every_time_with_a_complete_past(tmp_path, store):
     frames = {5.0 * i: np.full((2, 3), float(i)) for i in range(13) if i != 5}
     cube = make_cube(tmp_path / "cube", frames)

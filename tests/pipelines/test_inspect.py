@@ -139,6 +139,26 @@ def test_a_projected_grid_is_drawn_too(tmp_path):
     assert rgb(RAIN_COLOURS[6]) in colours(tmp_path / "map.png")
 
 
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6)])
+def test_a_single_line_of_cells_that_saw_nothing_is_drawn_and_not_called_dry(tmp_path, shape):
+    grid = Grid("EPSG:3035", 4.2e6, 1000.0, shape[1], 3.2e6, -1000.0, shape[0])
+    cube = Cube.open_or_create(str(tmp_path / "cube"), grid, RAINFALL_RATE, START, timedelta(minutes=5))
+    unseen = np.full(shape, np.nan, np.float32)
+    cube.write([Frame(RAINFALL_RATE, START, timedelta(minutes=5), grid, unseen, "test", "ab" * 32)])
+
+    told = dict(inspect(cube.path, picture=str(tmp_path / "map.png")).facts)
+
+    assert told["rain"] == "unknown: no cell was observed"
+    assert rgb(MISSING_COLOUR) in colours(tmp_path / "map.png")
+
+
+def test_a_picture_that_cannot_be_put_in_place_leaves_nothing_behind(cube, tmp_path):
+    (tmp_path / "map.png").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        inspect(cube, picture=str(tmp_path / "map.png"))
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_each_level_begins_its_colour_and_the_order_survives_in_grey():
     scale, norm = rain_colours()
     for level, colour in zip(RAIN_LEVELS, RAIN_COLOURS, strict=True):

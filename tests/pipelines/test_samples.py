@@ -202,6 +202,13 @@ def test_past_and_future_are_turned_alike():
     assert len(seen) == 8
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(30, 1), (1, 30), (1, 1)])
+def test_a_grid_of_a_single_line_can_be_turned_too(rows, columns):
+    samples = Samples(telling(rows=rows, columns=columns), np.arange(2, 20), SPAN, crop=16, augment=True)
+    for index in range(8):
+        assert samples[index].radar.shape == (1, 3, min(rows, 16), min(columns, 16))
+
+
 def test_a_cube_too_big_to_hold_gives_the_same_samples_read_piece_by_piece(monkeypatch):
     cube = telling()
     held = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=5)

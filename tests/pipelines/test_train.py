@@ -199,6 +199,33 @@ def test_a_run_folder_of_another_call_is_refused(cube, run):
         trained_on(cube, run, steps=6, learning_rate=0.5)
 
 
+def test_a_wrong_setting_may_be_put_right_in_the_same_folder(cube, tmp_path):
+    with pytest.raises(ValueError, match="batch_size"):
+        trained_on(cube, tmp_path / "run", steps=1, batch_size=0)
+    assert trained_on(cube, tmp_path / "run", steps=1).steps == 1
+
+
+def test_a_run_folder_of_another_call_names_only_what_differs(cube, run):
+    with pytest.raises(ValueError, match=r"other settings: learning_rate=1.0 \(it was 0.01\); choose"):
+        trained_on(cube, run, steps=6, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("key", ["leads_per_step", "check_every"])
+def test_counts_below_one_are_refused(cube, tmp_path, key):
+    with pytest.raises(ValueError, match=f"{key}=0"):
+        trained_on(cube, tmp_path / "run", steps=1, **{key: 0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_is_ctrl_c_and_not_an_exit_without_a_word(cube, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Task, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained_on(cube, tmp_path / "run", steps=1)
+
+
 def test_time_ends_a_training_too_and_its_weights_are_kept(cube, tmp_path):
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 1000}
     result = train(

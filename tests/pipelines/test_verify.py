@@ -311,6 +311,11 @@ def test_a_period_without_runs_is_refused_with_those_there_are(
         verified(cube, store, tmp_path / "report", start="2021-01-01")
 
 
+def test_no_resamples_are_refused(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resamples=0: expected at least 1"):
+        verified(cube, store, tmp_path / "report", resamples=0)
+
+
 def test_a_reference_that_is_no_baseline_is_refused(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="reference=steps: expected one of the baselines persistence, extrapolation"

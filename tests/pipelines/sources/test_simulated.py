@@ -136,6 +136,12 @@ def test_another_name_is_refused(name):
         DAY.read(Path(name))
 
 
+@pytest.mark.parametrize("keys", [{"seed": -1}, {"cadence": float("nan")}])
+def test_other_numbers_than_a_radar_has_are_named(keys):
+    with pytest.raises(ValueError, match=f"{next(iter(keys))}="):
+        Simulated(**keys)
+
+
 def test_no_radar_is_refused():
     with pytest.raises(ValueError, match="at least 8 cells"):
         Simulated(size=4)
