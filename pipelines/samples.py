@@ -38,7 +38,8 @@ class Span:
         """
         minutes = cadence.total_seconds() / 60
         for lead in lead_times:
-            if lead <= 0 or not math.isclose(lead / minutes, round(lead / minutes), abs_tol=1e-6):
+            whole = 0 < lead < math.inf and math.isclose(lead / minutes, round(lead / minutes), abs_tol=1e-6)
+            if not whole:
                 raise ValueError(
                     f"lead_times: {lead:g} minutes is no multiple of the cube's cadence, {minutes:g} minutes"
                 )

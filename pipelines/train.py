@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
@@ -126,11 +128,27 @@ def train(
         else None
     )
     data = RadarData(training, kept, batch_size, check_every)
-    _begin(folder, config, opened.snapshot)
     task = Task(network, Learning(learning_rate), leads_per_step, seed)
-    with _quiet():
-        fitted = _fit(trainer, task, data, folder)
-    return _finish(folder, config, opened, span, crop, task, fitted)
+    with _alone(folder):
+        _begin(folder, config, opened.snapshot)
+        with _quiet():
+            fitted = _fit(trainer, task, data, folder)
+        return _finish(folder, config, opened, span, crop, task, fitted)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second training out of a run folder.
+
+    Raises:
+        ValueError: if one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "train.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"run={folder}: another training is at work there; wait for it") from error
 
 
 def _between(cube: Cube, start: str | None, end: str | None) -> slice:
@@ -268,7 +286,16 @@ def _made(
 def _finish(
     folder: Path, config: Mapping[str, Any], cube: Cube, span: Span, crop: int, task: Task, fitted: Fitted
 ) -> Trained:
-    """Writes weights, then card: a card is only ever beside its own weights."""
+    """Writes weights, then card: a card is only ever beside its own weights.
+
+    Raises:
+        ValueError: if the scores are not finite.
+    """
+    if not all(math.isfinite(score) for score in fitted.scores.values()):
+        raise ValueError(
+            f"the network validates with {dict(fitted.scores)}: it has diverged, and no model is written; "
+            "lower learning_rate and choose another run folder"
+        )
     network = task.network
     weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     minutes = cube.cadence.total_seconds() / 60

@@ -57,7 +57,7 @@ def test_lead_times_in_minutes_become_steps_of_the_cadence():
     assert Span.of(timedelta(seconds=150), 4, [2.5, 5]).leads == (1, 2)
 
 
-@pytest.mark.parametrize("leads", [[5, 7], [0, 5], [-5], [2.5]])
+@pytest.mark.parametrize("leads", [[5, 7], [0, 5], [-5], [2.5], [float("nan")], [float("inf")]])
 def test_a_lead_time_between_two_frames_is_refused_with_both_numbers(leads):
     with pytest.raises(ValueError, match=r"minutes is no multiple of the cube's cadence, 5 minutes"):
         Span.of(FIVE, 3, leads)

@@ -1,12 +1,14 @@
 import hashlib
 import json
 import logging
+import math
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from lightning import Trainer
 from safetensors.torch import load_file
 
@@ -205,9 +207,10 @@ def test_a_wrong_setting_may_be_put_right_in_the_same_folder(cube, tmp_path):
     assert trained_on(cube, tmp_path / "run", steps=1).steps == 1
 
 
-def test_a_run_folder_of_another_call_names_only_what_differs(cube, run):
-    with pytest.raises(ValueError, match=r"other settings: learning_rate=1.0 \(it was 0.01\); choose"):
-        trained_on(cube, run, steps=6, learning_rate=1.0)
+def test_a_run_folder_of_another_call_names_only_what_differs(cube, run, monkeypatch):
+    monkeypatch.setitem(MODEL, "depth", 2)
+    with pytest.raises(ValueError, match=r"other settings: model.depth=2 \(it was 1\); choose"):
+        trained_on(cube, run, steps=6)
 
 
 @pytest.mark.parametrize("key", ["leads_per_step", "check_every"])
@@ -346,3 +349,16 @@ def test_a_damaged_run_folder_is_refused(run, tmp_path, damage):
         (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match=says):
         trained(tmp_path)
+
+
+def test_two_trainings_do_not_share_a_run_folder(cube, tmp_path):
+    with FileLock(tmp_path / "train.lock"), pytest.raises(ValueError, match="another training is at work"):
+        trained_on(cube, tmp_path, steps=1)
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_a_network_that_diverged_is_never_written(cube, tmp_path, monkeypatch):
+    monkeypatch.setattr(Task, "on_validation_epoch_end", lambda self: self.scores.update(val_crps=math.inf))
+    with pytest.raises(ValueError, match="it has diverged"):
+        trained_on(cube, tmp_path, steps=1)
+    assert not (tmp_path / "model.json").exists()
