@@ -11,13 +11,13 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-import torch
 
 from metnet.batch import Batch
 from metnet.forecaster import Forecaster
 from pipelines.cube import Cube
 from pipelines.export import export as export_run
 from pipelines.frame import parse_time
+from pipelines.past import past
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
@@ -202,19 +202,11 @@ def _run(store: ForecastStore, cube: Cube, model: Forecaster, header: RunHeader)
 
 def _past(cube: Cube, frames: int, header: RunHeader) -> tuple[Batch, str]:
     """What a forecaster may know, and the valid times of the frames that are missing from it."""
+    batch = past(cube, header.init_time, frames, header.lead_times)
     times = [header.init_time - age * cube.cadence for age in range(frames - 1, -1, -1)]
-    radar = torch.from_numpy(cube.block(times[0], frames))
-    empty = [bool(frame.isnan().all()) for frame in radar]
+    empty = [bool(frame.isnan().all()) for frame in batch.radar[0]]
     if empty[-1]:
         raise _BlindError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation")
-    minutes = cube.cadence.total_seconds() / 60
-    batch = Batch(
-        radar=radar[None],
-        age=minutes * torch.arange(frames - 1, -1, -1, dtype=torch.float32)[None],
-        init_time=torch.tensor([round(header.init_time.timestamp())]),
-        lead_time=torch.tensor(header.lead_times, dtype=torch.float32),
-        cell_size=torch.tensor([header.grid.cell_size], dtype=torch.float32),
-    )
     return batch, " ".join(f"{time:{TEXT}}" for time, gone in zip(times, empty, strict=True) if gone)
 
 

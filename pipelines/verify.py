@@ -14,7 +14,6 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metnet.batch import Batch
 from metnet.forecaster import Forecaster
 from metnet.rain import RainForecast, TabulatedForecast, tabulated
 from metnet.scores.score import Score
@@ -22,6 +21,7 @@ from pipelines.cube import Cube
 from pipelines.figures import Case, thinned
 from pipelines.frame import parse_time
 from pipelines.grid import Grid
+from pipelines.past import past
 from pipelines.progress import track
 from pipelines.report import Provenance, Report, spread, text_table
 from pipelines.report_page import write
@@ -172,16 +172,9 @@ class _Run:
 
         Else the same forecast would score differently in the store and as a baseline.
         """
-        baseline, cube = self.past.baselines[name], self.past.cube
-        frames, minutes = baseline.frames, cube.cadence.total_seconds() / 60
-        first = self.header.init_time - (frames - 1) * cube.cadence
-        batch = Batch(
-            radar=torch.from_numpy(cube.block(first, frames))[None],
-            age=minutes * torch.arange(frames - 1, -1, -1, dtype=torch.float32)[None],
-            init_time=torch.tensor([round(self.header.init_time.timestamp())]),
-            lead_time=torch.tensor([self.header.lead_times[lead] for lead in leads], dtype=torch.float32),
-            cell_size=torch.tensor([self.header.grid.cell_size], dtype=torch.float32),
-        )
+        baseline = self.past.baselines[name]
+        minutes = [self.header.lead_times[lead] for lead in leads]
+        batch = past(self.past.cube, self.header.init_time, baseline.frames, minutes)
         return tabulated(baseline(batch), self.header.thresholds, self.levels)
 
     @property

@@ -31,6 +31,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "export",
                 "run_blocks",
                 "samples",
+                "past",
                 "trained",
                 "skill",
             ),

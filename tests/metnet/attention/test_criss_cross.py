@@ -86,8 +86,8 @@ def test_every_grid_gives_what_the_published_formulation_gives(batch, height, wi
 def test_first_and_second_derivatives_are_right():
     block = awake(CrissCrossAttention(8)).to(DOUBLE)
     x = torch.randn(1, 8, 2, 2, dtype=DOUBLE, requires_grad=True)
-    torch.autograd.gradcheck(block, x)
-    torch.autograd.gradgradcheck(block, x, fast_mode=True)
+    assert torch.autograd.gradcheck(block, x)
+    assert torch.autograd.gradgradcheck(block, x, fast_mode=True)
 
 
 def test_derivatives_by_torch_func_are_those_of_autograd():

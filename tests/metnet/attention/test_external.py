@@ -127,7 +127,7 @@ def test_the_blocks_behave(make, shape):
 
 def test_derivatives_are_right():
     block = awake(ExternalAttention(3, 2)).to(DOUBLE)
-    torch.autograd.gradcheck(block, torch.randn(2, 3, 2, 2, dtype=DOUBLE, requires_grad=True))
+    assert torch.autograd.gradcheck(block, torch.randn(2, 3, 2, 2, dtype=DOUBLE, requires_grad=True))
 
 
 def test_moving_the_pixels_moves_the_output_with_them():

@@ -138,8 +138,8 @@ def test_running_statistics_move_as_those_of_the_published_layer():
 def test_first_and_second_derivatives_are_right():
     layer = trained(PositionSensitiveAxialAttention(2, 4, 2, 3))
     x = torch.randn(1, 2, 3, 2, dtype=DOUBLE, requires_grad=True)
-    torch.autograd.gradcheck(layer, x)
-    torch.autograd.gradgradcheck(layer, x, fast_mode=True)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
 
 
 @pytest.mark.parametrize(
