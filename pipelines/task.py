@@ -95,14 +95,14 @@ class Task(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all validation samples."""
         loss, seen, crps, persistence, both = self._sums.tolist()
-        if not (seen and both):
+        if not seen:
             raise ValueError(
                 "no validation sample has an observed target: set validation=0, or a longer cube"
             )
         self.scores = {
             "val_loss": loss / seen,
-            "val_crps": crps / both,
-            "val_crps_persistence": persistence / both,
+            "val_crps": crps / both if both else math.inf,
+            "val_crps_persistence": persistence / both if both else math.inf,
         }
         self.scored_at = self.global_step
         self.log_dict(self.scores)

@@ -54,7 +54,8 @@ class Trained:
         scores = self.validation
         return (
             f"{head}\n  {size}\n  validation: CRPS {scores['val_crps']:.4f} mm/h "
-            f"(persistence {scores['val_crps_persistence']:.4f}), cross-entropy {scores['val_loss']:.4f} nats"
+            f"(untrained {scores['val_crps_untrained']:.4f}, "
+            f"persistence {scores['val_crps_persistence']:.4f}), cross-entropy {scores['val_loss']:.4f} nats"
         )
 
 
@@ -209,7 +210,10 @@ def _begin(folder: Path, config: Mapping[str, Any], snapshot: str) -> None:
 
 
 def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path) -> "Fitted":
-    """Trains from the last checkpoint, or from the start, to the trainer's limit."""
+    """Trains from the last checkpoint, or from the start, to the trainer's limit; keeps what validates best.
+
+    The untrained network counts too: it is the widened extrapolation, which a short training can spoil.
+    """
     last = folder / LAST
     validated = data.validation is not None
     keep = ModelCheckpoint(
@@ -223,6 +227,10 @@ def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path
     on_terminal = sys.stderr.isatty()
     bar: list[Callback] = [RichProgressBar()] if on_terminal else []
     trainer = _made(make, [keep, *bar], folder, on_terminal)
+    start = {name: weight.clone() for name, weight in task.state_dict().items()}
+    if validated:
+        trainer.validate(task, datamodule=data, verbose=False)
+    untrained = task.scores
     try:
         trainer.fit(task, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
     except SystemExit as stop:  # what Lightning makes of Ctrl+C
@@ -235,6 +243,12 @@ def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path
     if validated and best is not None and float(best) < task.scores["val_crps"]:
         task.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
         trainer.validate(task, datamodule=data, verbose=False)
+    if validated and untrained["val_crps"] < task.scores["val_crps"]:
+        log.warning("the untrained network validates better than the trained one, and is kept: train longer")
+        task.load_state_dict(start)
+        task.scores = untrained
+    if validated:
+        task.scores = {**task.scores, "val_crps_untrained": untrained["val_crps"]}
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     return Fitted(steps, timer.time_elapsed(), task.scores)
 

@@ -1,9 +1,10 @@
 """Every YAML is a call that can be made."""
 
 import inspect
+from functools import partial
 
 import pytest
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_method, get_object, instantiate
 
 import cli
 
@@ -38,4 +39,11 @@ def test_every_member_of_a_group_builds(name):
     node = config
     for part in name.split("/")[:-1]:
         node = node[part]
-    instantiate(node)
+    built, target = instantiate(node), get_object(node["_target_"])
+    if isinstance(built, partial):
+        assert built.func is target
+    elif isinstance(target, type):
+        assert isinstance(built, target)
+    else:
+        assert name == "grid/native"
+        assert built is None

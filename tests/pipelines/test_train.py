@@ -362,3 +362,11 @@ def test_a_network_that_diverged_is_never_written(cube, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="it has diverged"):
         trained_on(cube, tmp_path, steps=1)
     assert not (tmp_path / "model.json").exists()
+
+
+def test_a_training_that_spoils_the_start_gives_the_start_back(cube, tmp_path, caplog):
+    spoiled = trained_on(cube, tmp_path, steps=3, learning_rate=1.0).validation
+    assert spoiled["val_crps"] == spoiled["val_crps_untrained"]
+    assert "the untrained network validates better" in caplog.text
+    kept = load_file(tmp_path / "model.safetensors")
+    assert not kept["head.classify.weight"].any(), "its last layer still says nothing"
