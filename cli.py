@@ -24,7 +24,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-COMMANDS = ("demo", "ingest", "inspect", "train", "forecast", "verify", "serve")
+COMMANDS = (
+    "demo",
+    "ingest",
+    "replay",
+    "export",
+    "inspect",
+    "rollback",
+    "train",
+    "forecast",
+    "verify",
+    "serve",
+)
 
 
 class UsageError(Exception):
@@ -225,7 +236,8 @@ def _sort_words(
             choices.append(f"{group}={text}")
         elif "from_path" in names and text:
             choices.append(f"{group}=from_path")
-            values.append((f"{key}.path", text))
+            [first, *_] = read_page(CONFIGS / folder / "from_path.yaml").keys
+            values.append((f"{key}.{first.name}", text))
         else:
             raise UsageError(f"{key}={text}: expected one of {', '.join(names)}{_nearest(text, names)}")
     return choices, values
@@ -367,6 +379,7 @@ def answer(command: str, words: list[str]) -> int:
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler]
     )
+    logging.getLogger("pipelines").setLevel(logging.DEBUG if debug else logging.INFO)
     for noisy in ("matplotlib", "asyncio", "rasterio", "fontTools", "PIL", "h5py", "numcodecs", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if "--help" in words or "-h" in words:

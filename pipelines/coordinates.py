@@ -97,9 +97,11 @@ def _latitude_longitude(grid: Grid) -> dict[str, dict[str, str]]:
 
 
 def _lonlat(grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """As `Grid.lonlat`; a geographic grid, whose rows are all alike, is computed by its edges."""
+    """As `Grid.lonlat`, NaN beside the earth; a geographic grid, whose rows are alike, goes by its edges."""
     if not grid.is_geographic:
-        return grid.lonlat()
+        with np.errstate(invalid="ignore"):  # space beside the disk that a satellite sees has no longitude
+            lon, lat = grid.lonlat()
+        return lon, np.where(np.isfinite(lat), lat, np.nan)
     lon, _ = grid.window(0, 0, 1, grid.x_size).lonlat()
     _, lat = grid.window(0, 0, grid.y_size, 1).lonlat()
     return np.broadcast_to(lon, grid.shape), np.broadcast_to(lat, grid.shape)

@@ -1,8 +1,13 @@
-"""`Cube`: frames on a regular time axis, as a CF-1.11 dataset in an Icechunk repository."""
+"""`Cube`: frames on a regular time axis, as a CF-1.11 dataset in an Icechunk repository.
 
+A repository may hold several, one a group ("radar", "satellite", ...), each with a cadence of its own, all on
+one grid; and what never changes beside them (`pipelines.static`).
+"""
+
+import re
 from asyncio import gather
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
@@ -14,7 +19,7 @@ from numpy.typing import NDArray
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from pipelines.cf import Variable
+from pipelines.cf import Variable, described
 from pipelines.coordinates import (
     EPOCH,
     TIME_UNITS,
@@ -27,12 +32,23 @@ from pipelines.coordinates import (
 )
 from pipelines.frame import Frame
 from pipelines.grid import Grid
+from pipelines.quality import CellFlag, cell_flags, flag_attributes, frame_flags, statistics
 from pipelines.repository import Repository, create_array
+from pipelines.version import version
 
-GROUP = "radar"
+STATIC = "static"  # the group of what never changes
+RADAR = "radar"  # the group that forecasts are made from
+GROUP_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 TIME_CHUNK = 16384  # steps of the time coordinate that lie together: 57 days of 5 minutes
 HASH_CHUNK = 1024  # steps of provenance that a commit rewrites
 SIDE = 512  # cells of a chunk of a field
+STATISTICS = {  # of every step: type and meaning
+    "observed_share": ("f4", "share of the cells that were observed"),
+    "wet_share": ("f4", "share of the observed cells with rain"),
+    "minimum": ("f4", "smallest value"),
+    "maximum": ("f4", "largest value"),
+    "fingerprint": ("i8", "hash of the values; equal values have equal hashes"),
+}
 MOVED_AT_ONCE = 128  # chunks in memory while the time axis grows to the front
 AXIS_LIMIT = 100_000  # steps; a longer axis may grow at most tenfold in one call
 
@@ -45,6 +61,7 @@ class Written:
     new: int  # written now
     unchanged: int  # there before, from the same file
     conflicting: int  # there before, from another file; the first is kept
+    restated: int = 0  # there before, from another file, and replaced by it
 
 
 @dataclass(frozen=True)
@@ -96,31 +113,35 @@ class _Axis:
 
 
 class Cube:
-    """The group "radar" of an Icechunk repository, as it was when it was opened or last written through.
+    """A group of an Icechunk repository, as it was when it was opened or last written through.
 
     NaN is "not observed" (no radar sees the place, or no frame was written), 0 is "dry". A missing frame
     costs no space. Can be pickled; share it with other processes by spawning, not forking.
     """
 
-    def __init__(self, path: str, snapshot: str):
+    def __init__(self, path: str, snapshot: str, group: str):
         """Use `open` or `open_or_create`."""
         self.path = path
+        self.group = group
         self._see(Repository.open(path), snapshot)
 
-    def __reduce__(self) -> tuple[type["Cube"], tuple[str, str]]:
-        """Pickles the place and the snapshot; the copy opens them anew."""
-        return Cube, (self.path, self.snapshot)
+    def __reduce__(self) -> tuple[type["Cube"], tuple[str, str, str]]:
+        """Pickles the place, the snapshot and the group; the copy opens them anew."""
+        return Cube, (self.path, self.snapshot, self.group)
 
     def _see(self, repository: Repository, snapshot: str) -> None:
         """Reads from now on at `snapshot`."""
         self._repository = repository
         self.snapshot = snapshot
         try:
-            self._group = zarr.open_group(repository.reader(snapshot), path=GROUP, mode="r", zarr_format=3)
+            self._group = zarr.open_group(
+                repository.reader(snapshot), path=self.group, mode="r", zarr_format=3
+            )
         except FileNotFoundError as error:
+            has = ", ".join(groups(repository, snapshot)) or "none"
             raise ValueError(
-                f"{self.path}: an Icechunk repository, but without the group {GROUP!r}, so not a cube; "
-                "give the path of a cube that `metnet ingest` made"
+                f"{self.path}: an Icechunk repository, but without the group {self.group!r} of a cube "
+                f"(its groups of frames: {has}); give the path of a cube that `metnet ingest` made"
             ) from error
         self.grid = read_grid(self._group)
         self.variable = _variable(self._group)
@@ -129,39 +150,50 @@ class Cube:
         self.__dict__.pop("observed", None)
 
     @classmethod
-    def open(cls, path: str) -> "Cube":
+    def open(cls, path: str, group: str = RADAR) -> "Cube":
         """The cube at a local folder or URL, at its newest snapshot.
 
         Raises:
             ValueError: if there is none, saying what is there instead.
         """
-        return cls(path, Repository.open(path).snapshot)
+        return cls(path, Repository.open(path).snapshot, group)
 
     @classmethod
     def open_or_create(
-        cls, path: str, grid: Grid, variable: Variable, start: datetime, cadence: timedelta
+        cls,
+        path: str,
+        grid: Grid,
+        variable: Variable,
+        start: datetime,
+        cadence: timedelta,
+        group: str = RADAR,
     ) -> "Cube":
         """The cube at `path`; a new one, without frames, where nothing is.
 
         `start` is the first time of a new cube's axis; an existing cube only needs it on its axis.
 
         Raises:
-            ValueError: if it exists with another grid, variable or cadence, or is no cube.
+            ValueError: if it exists with another grid, variable or cadence, if another group there has
+                another grid, or if it is no cube.
         """
+        if not GROUP_NAME.fullmatch(group) or group == STATIC:
+            raise ValueError(
+                f"group={group!r}: expected lower-case letters, digits and _, beginning with a letter, "
+                f"and not {STATIC!r}, where fields without a time lie"
+            )
         if cadence <= timedelta(0) or cadence % timedelta(seconds=1):
             raise ValueError(f"cadence={cadence}: expected whole seconds, above 0")
         repository = Repository.open_or_create(path)
 
         def create(store: Any) -> None:
             root = zarr.open_group(store, mode="a", zarr_format=3)
-            if GROUP in root:
+            if group in root:
                 return
-            if next(iter(root.group_keys()), None) or "content" in root.attrs:
-                raise ValueError(f"{path}: holds forecasts, not a cube; give another path")
-            _create(root.create_group(GROUP), grid, variable, start, cadence)
+            check_place(path, root, grid)
+            _create(root.create_group(group), grid, variable, start, cadence)
 
-        repository.commit(f"a cube of {variable.name}", create)
-        cube = cls(path, repository.snapshot)
+        repository.commit(f"the group {group} of {variable.name}", create)
+        cube = cls(path, repository.snapshot, group)
         _check_same(f"{path}: grid", cube.grid, grid)
         _check_same(f"{path}: variable", cube.variable, variable)
         _check_same(f"{path}: cadence", cube.cadence, cadence)
@@ -184,29 +216,65 @@ class Cube:
         digests = np.asarray(_array(self._group, "source_sha256")[:])
         return np.asarray(digests.any(axis=1))
 
-    def write(self, frames: Sequence[Frame], message: str = "") -> Written:
+    @property
+    def flags(self) -> NDArray[np.uint8]:
+        """For every step of the time axis, its `pipelines.quality.FrameFlag`s; 0 where there is no frame."""
+        stored = (np.asarray(_array(self._group, name)[:]) for name in STATISTICS)
+        return frame_flags(*stored)
+
+    @property
+    def arrivals(self) -> list[datetime | None]:
+        """For every step of the time axis, when its frame was written."""
+        stored = np.asarray(_array(self._group, "arrival_time")[:])
+        return [EPOCH + timedelta(seconds=int(time)) if time else None for time in stored]
+
+    @property
+    def decoders(self) -> list[str | None]:
+        """For every step of the time axis, the software that read its frame."""
+        array = _array(self._group, "decoder")
+        names = [None, *str(array.attrs["flag_meanings"]).split()[1:]]
+        return [names[int(index)] for index in np.asarray(array[:])]
+
+    def digests(self) -> list[str | None]:
+        """For every step of the time axis, the SHA-256 of the file that its frame was read from."""
+        stored = np.asarray(_array(self._group, "source_sha256")[:])
+        return [digest.tobytes().hex() if digest.any() else None for digest in stored]
+
+    def quality(self, time: datetime) -> NDArray[np.uint8]:
+        """The `pipelines.quality.CellFlag`s (y, x) of the frame at a time of the axis."""
+        return np.asarray(_array(self._group, "quality_flag")[self._axis.index(time)])
+
+    def write(self, frames: Sequence[Frame], message: str = "", restate: bool = False) -> Written:
         """Writes frames at their valid times in one commit; none if all were there before.
 
-        The first frame of a valid time stays. Frames may come in any order, before the first step too.
+        The first frame of a valid time stays, or the last with `restate`. Frames may come in any order,
+        before the first step too. What is flagged is written as it is, and its flags beside it.
 
         Raises:
             ValueError: if a frame has another grid, variable or cadence, or falls between two steps;
                 nothing is written then.
         """
         for frame in frames:
-            self._check(frame)
-        counts = {"new": 0, "unchanged": 0, "conflicting": 0}
+            self.check(frame)
+        frames = [frame if frame.flags is not None else judged(frame) for frame in frames]
+        counts = {"new": 0, "unchanged": 0, "conflicting": 0, "restated": 0}
 
         def edit(store: Any) -> None:
-            counts.update(_write(zarr.open_group(store, path=GROUP, mode="r+", zarr_format=3), frames))
+            group = zarr.open_group(store, path=self.group, mode="r+", zarr_format=3)
+            counts.update(_write(group, frames, restate))
 
         if frames:
             self._repository.commit(message or f"{len(frames)} frames of {self.variable.name}", edit)
             self._see(self._repository, self._repository.snapshot)
         return Written(self.snapshot, **counts)
 
-    def _check(self, frame: Frame) -> None:
-        """Refuses a frame that is not of this cube."""
+    def check(self, frame: Frame) -> None:
+        """Refuses a frame that is not of this cube.
+
+        Raises:
+            ValueError: if it has another grid, variable or cadence, if its time falls between two steps or
+                looks like a wrong date, or if it does not say which file it was read from.
+        """
         of = f"{self.path}: frame of {frame.valid_time:%Y-%m-%dT%H:%M:%SZ}"
         _check_same(f"{of}: grid", self.grid, frame.grid)
         _check_same(f"{of}: variable", self.variable, frame.variable)
@@ -217,6 +285,8 @@ class Cube:
             digest = b""
         if len(digest) != 32 or not any(digest):
             raise ValueError(f"{of}: sha256={frame.sha256!r}, expected 64 hexadecimal digits, not all 0")
+        index = self._axis.index(frame.valid_time)
+        self._axis.reaching(index, index)
 
     def block(
         self, first: datetime, count: int, window: tuple[int, int, int, int] | None = None, step: int = 1
@@ -247,14 +317,38 @@ class Cube:
 
     def between(self, start: datetime, end: datetime) -> xr.Dataset:
         """The CF dataset of the steps within [start, end], read when it is used."""
-        dataset = self._repository.dataset(self.snapshot, GROUP)
+        dataset = self._repository.dataset(self.snapshot, self.group)
         naive = slice(start.astimezone(UTC).replace(tzinfo=None), end.astimezone(UTC).replace(tzinfo=None))
         return dataset.sel(time=naive)
 
 
+def judged(frame: Frame) -> Frame:
+    """The frame with the quality flags of its cells."""
+    return replace(frame, flags=cell_flags(frame))
+
+
+def groups(repository: Repository, snapshot: str) -> list[str]:
+    """The names of the groups of frames, each to be opened as a `Cube`."""
+    root = zarr.open_group(repository.reader(snapshot), mode="r", zarr_format=3)
+    return sorted(name for name, group in root.groups() if "source_sha256" in group)
+
+
+def check_place(path: str, root: zarr.Group, grid: Grid) -> None:
+    """Refuses a new group in a store of forecasts, or beside groups on another grid."""
+    if "content" in root.attrs:
+        raise ValueError(f"{path}: holds forecasts, not a cube; give another path")
+    for name, other in root.groups():
+        expected = read_grid(other)
+        if expected != grid:
+            raise ValueError(
+                f"{path}: grid is {grid}, but the group {name!r} there has {expected}, and all groups of a "
+                "cube share one grid; give that grid with grid=, or another path"
+            )
+
+
 def _create(group: zarr.Group, grid: Grid, variable: Variable, start: datetime, cadence: timedelta) -> None:
     """An empty cube: coordinates, and arrays without a step."""
-    group.update_attributes({**provenance(f"{variable.long_name}, observed"), "source": "weather radar"})
+    group.update_attributes(provenance(f"{variable.long_name}, observed"))
     write_grid(group, grid)
     axis = {
         "cadence": int(cadence.total_seconds()),
@@ -269,54 +363,84 @@ def _create(group: zarr.Group, grid: Grid, variable: Variable, start: datetime, 
         {"standard_name": "time", "axis": "T", **TIME_UNITS, **axis},
         (TIME_CHUNK,),
     )
-    rate = located({**variable.attributes(), "valid_range": list(variable.valid_range)})
-    create_array(
-        group, variable.name, ("time", "y", "x"), (0, *grid.shape), "f4", rate, (1, *chunks(grid, SIDE))
-    )
+    field = {**variable.attributes(), "valid_range": list(variable.valid_range)}
+    shape, chunk = (0, *grid.shape), (1, *chunks(grid, SIDE))
+    field = located({**field, "ancillary_variables": "quality_flag"})
+    create_array(group, variable.name, ("time", "y", "x"), shape, "f4", field, chunk)
+    flags = {
+        "standard_name": "quality_flag",
+        "long_name": "what looks wrong with a value, which stays as it is",
+        **flag_attributes(CellFlag),
+    }
+    create_array(group, "quality_flag", ("time", "y", "x"), shape, "u1", located(flags), chunk)
     digest = {"long_name": "SHA-256 of the file that a frame was read from; all 0: no frame"}
     create_array(group, "source_sha256", ("time", "byte"), (0, 32), "u1", digest, (HASH_CHUNK, 32))
     arrival = {"long_name": "when a frame was written", **TIME_UNITS, "missing_value": 0}
     create_array(group, "arrival_time", ("time",), (0,), "i8", arrival, (HASH_CHUNK,))
+    decoder = {"long_name": "software that read a frame", "flag_values": [0], "flag_meanings": "none"}
+    create_array(group, "decoder", ("time",), (0,), "u1", decoder, (HASH_CHUNK,))
+    for name, (dtype, meaning) in STATISTICS.items():
+        about = {"long_name": meaning, "units": variable.units if name.endswith("mum") else "1"}
+        create_array(group, name, ("time",), (0,), dtype, about, (HASH_CHUNK,))
 
 
-def _write(group: zarr.Group, frames: Sequence[Frame]) -> dict[str, int]:
-    """Writes those of the frames whose times are free, and counts them all."""
+def _write(group: zarr.Group, frames: Sequence[Frame], restate: bool) -> dict[str, int]:
+    """Writes those of the frames whose times are free, or all that differ, and counts them."""
     axis = _axis(group)
     indices = [axis.index(frame.valid_time) for frame in frames]
     first = max(0, min(indices))
     digests = np.asarray(_array(group, "source_sha256")[first : max(0, max(indices) + 1)])
     taken = {first + i: digest.tobytes() for i, digest in enumerate(digests) if digest.any()}
-    new: dict[int, Frame] = {}
-    unchanged = conflicting = 0
+    wanted: dict[int, Frame] = {}
+    counts = {"new": 0, "unchanged": 0, "conflicting": 0, "restated": 0}
     for index, frame in zip(indices, frames, strict=True):
         digest = bytes.fromhex(frame.sha256)
-        if index not in taken:
-            new[index], taken[index] = frame, digest
-        elif taken[index] == digest:
-            unchanged += 1
+        if taken.get(index) == digest:
+            counts["unchanged"] += 1
+        elif index in taken and not restate:
+            counts["conflicting"] += 1
         else:
-            conflicting += 1
-    if new:
-        longer = axis.reaching(min(new), max(new))
+            counts["restated" if index in taken else "new"] += 1
+            wanted[index], taken[index] = frame, digest
+    if wanted:
+        longer = axis.reaching(min(wanted), max(wanted))
         _extend(group, axis, longer)
         before = (axis.start - longer.start) // axis.cadence
-        _store(group, {index + before: frame for index, frame in sorted(new.items())})
-    return {"new": len(new), "unchanged": unchanged, "conflicting": conflicting}
+        _store(group, {index + before: frame for index, frame in sorted(wanted.items())})
+    return counts
 
 
 def _store(group: zarr.Group, frames: dict[int, Frame]) -> None:
-    """Writes frames at steps that the axis has."""
+    """Writes frames at steps that the axis has, and beside them what is known of each."""
     name = next(iter(frames.values())).variable.name
-    array = _array(group, name)
+    fields, flags = _array(group, name), _array(group, "quality_flag")
     for index, frame in frames.items():
-        array[index] = frame.values
+        fields[index] = frame.values
+        flags[index] = np.zeros_like(frame.values, np.uint8) if frame.flags is None else frame.flags
+    known = [statistics(frame) for frame in frames.values()]
+    beside = {
+        "source_sha256": [np.frombuffer(bytes.fromhex(frame.sha256), np.uint8) for frame in frames.values()],
+        "arrival_time": seconds(datetime.now(UTC)),
+        "decoder": _decoder(_array(group, "decoder")),
+        **{name: [getattr(each, name) for each in known] for name in STATISTICS},
+    }
     span = slice(min(frames), max(frames) + 1)
     inside = [index - span.start for index in frames]
-    digests, arrivals = _array(group, "source_sha256"), _array(group, "arrival_time")
-    digest, arrival = np.asarray(digests[span]), np.asarray(arrivals[span])
-    digest[inside] = [np.frombuffer(bytes.fromhex(frame.sha256), np.uint8) for frame in frames.values()]
-    arrival[inside] = seconds(datetime.now(UTC))
-    digests[span], arrivals[span] = digest, arrival
+    for name, values in beside.items():
+        array = _array(group, name)
+        part = np.asarray(array[span])
+        part[inside] = values
+        array[span] = part
+
+
+def _decoder(array: "zarr.Array[Any]") -> int:
+    """The number of this software among those that wrote here; a new one joins them."""
+    names = str(array.attrs["flag_meanings"]).split()
+    name = f"metnet-nowcast-{version()}"
+    if name not in names:
+        names.append(name)
+        array.update_attributes({"flag_values": list(range(len(names))), "flag_meanings": " ".join(names)})
+    return names.index(name)
 
 
 def _extend(group: zarr.Group, old: _Axis, new: _Axis) -> None:
@@ -339,7 +463,8 @@ def _extend(group: zarr.Group, old: _Axis, new: _Axis) -> None:
             sync(_move_chunks(array, before))
         elif before:
             whole = np.asarray(array[:])
-            array[:] = np.concatenate([np.zeros_like(whole[:before]), whole[: new.size - before]])
+            nothing = np.full((before, *whole.shape[1:]), array.fill_value, whole.dtype)
+            array[:] = np.concatenate([nothing, whole[: new.size - before]])
 
 
 async def _move_chunks(array: "zarr.Array[Any]", by: int) -> None:
@@ -370,10 +495,9 @@ def _axis(group: zarr.Group) -> _Axis:
 def _variable(group: zarr.Group) -> Variable:
     """The quantity of the group's fields."""
     for name, array in group.arrays():
-        if array.metadata.dimension_names == ("time", "y", "x"):  # type: ignore[union-attr]
-            at: dict[str, Any] = dict(array.attrs)
-            low, high = at["valid_range"]
-            return Variable(name, at["long_name"], at["units"], (low, high), at.get("standard_name"))
+        at: dict[str, Any] = dict(array.attrs)
+        if array.metadata.dimension_names == ("time", "y", "x") and "valid_range" in at:  # type: ignore[union-attr]
+            return described(name, at)
     raise ValueError(f"group {group.path!r} has no array over (time, y, x), so it is no cube")
 
 

@@ -1,44 +1,31 @@
-"""`Decoder`: a source's `read` in a bounded child process, and its contract checked on this side.
+"""`Decoder`: a source's `read` in a process that can do no harm, and its contract checked on this side."""
 
-A file from outside may crash, hang or exhaust its reader. The child takes that: it has limits of memory, time
-and written bytes, is replaced after some files, and hands back plain bytes, which are checked as if a
-stranger had sent them.
-"""
-
-import json
+import errno
+import hashlib
+import logging
 import os
-import pickle
-import resource
-import subprocess
-import sys
+import stat
 import tempfile
-import time
-from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from pipelines.cf import Variable
+from pipelines import checksums, sandbox
 from pipelines.frame import Frame
 from pipelines.grid import Grid
-from pipelines.sources.source import RemoteFile, Source
+from pipelines.reader import Limits, Readers
+from pipelines.refusal import Code, Refusal
+from pipelines.sources.source import SAFE_NAME, RemoteFile, Source
 
-LARGEST_FRAME = 2 * 2**30  # bytes that the child may send
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What reading one file may cost."""
-
-    memory: int = 6 * 2**30  # bytes of address space; libraries reserve far more than they use
-    seconds: float = 60.0  # of wall clock, and again of processor
-    written: int = 2**20  # bytes of any one file, the child's own messages included
-    files: int = 200  # that one child reads before a fresh one takes over
+AHEAD = timedelta(hours=1)  # of our clock: clocks differ, and nobody has observed the future
+COPIED = 256 * 2**20  # bytes of the largest file that is copied; a larger one is read where it lies
+BLOCK = 2**20  # bytes that are copied at a time
+SAMPLE = 997  # a prime, so that the cells looked at first are in no one column
 
 
 def decode(source: Source, file: RemoteFile, limits: Limits | None = None) -> Frame:
@@ -48,13 +35,21 @@ def decode(source: Source, file: RemoteFile, limits: Limits | None = None) -> Fr
 
 
 class Decoder:
-    """Reads the files of one source, in a child process unless the source is trusted."""
+    """Reads the files of one source, in processes of their own unless the source is trusted.
 
-    def __init__(self, source: Source, limits: Limits | None = None):
-        """The child starts with the first file."""
+    Where the system has Landlock, such a process can open one file at a time and nothing else: a copy that
+    does not change while it is read, in a folder that holds nothing but it. Of a store it can open the
+    folder, of a source that says `beside` all of the source's folder.
+    """
+
+    def __init__(self, source: Source, limits: Limits | None = None, grid: Grid | None = None):
+        """The processes start with the first file; `grid`: the one that every frame must be on."""
         self.source = source
         self.limits = limits or Limits()
-        self._child: _Child | None = None
+        self.grid = grid
+        self._readers: Readers | None = None
+        self._inbox: tempfile.TemporaryDirectory[str] | None = None
+        self._last: _Taken | None = None
 
     def __enter__(self) -> Self:
         """The decoder itself."""
@@ -63,186 +58,250 @@ class Decoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the child."""
-        self._end()
+        """Ends the processes, and leaves no copy behind."""
+        if self._readers is not None:
+            self._readers.end()
+            self._readers = None
+        if self._inbox is not None:
+            self._inbox.cleanup()
+            self._inbox = self._last = None
 
     def decode(self, file: RemoteFile) -> Frame:
         """The frame in a local file.
 
         Raises:
-            ValueError: naming the file, if the source refuses it, if reading it crashes or exceeds a
-                limit, or if the frame is not valid at the time that the file's name says.
-            OSError: if the file cannot be opened.
+            Refusal: a `ValueError` naming the file and why it may not enter a cube: see `Code`.
+            OSError: if there is no room for a copy of the file.
         """
-        frame = self._read(file)
-        if frame.valid_time != file.valid_time:
-            raise ValueError(
-                f"{Path(file.url).name}: the frame in it is valid at {frame.valid_time:%Y-%m-%dT%H:%M:%SZ}, "
-                f"but its name says {file.valid_time:%Y-%m-%dT%H:%M:%SZ}"
+        if self.source.trusted:
+            frame = self._read_here(file)
+        else:
+            frame = self._read(file)
+            _check_observed(file, frame)
+        self._check_place(file, frame)
+        return frame
+
+    def _read_here(self, file: RemoteFile) -> Frame:
+        try:
+            return self.source.read(file)
+        except ValueError as error:
+            raise Refusal(Code.DAMAGED, str(error)) from error
+
+    def _read(self, file: RemoteFile) -> Frame:
+        """The frame that the source reads in the file, and in no other bytes than those that are there."""
+        taken = self._taken(_absolute(file.url))
+        place = self._place() if self._reads_beside else None
+        given = RemoteFile(str(taken.given), file.valid_time)
+        try:
+            frame = self._running().frame(given, [taken.readable, *([place] if place else [])])
+        except Refusal:
+            _check_unchanged(taken)  # a file that is still being written is not damaged
+            raise
+        _check_unchanged(taken)
+        if taken.sha256 not in (None, frame.sha256) and not self._reads_beside:
+            raise Refusal(
+                Code.INVALID,
+                f"{taken.path.name}: its reader names the sha256 {frame.sha256}, but it has {taken.sha256}",
             )
         return frame
 
-    def _read(self, file: RemoteFile) -> Frame:
-        if self.source.trusted:
-            return self.source.read(Path(file.url))
-        if self._child is None:
-            self._child = _Child(self.source, self.limits)
-        try:
-            frame = self._child.read(Path(file.url))
-        except _ChildDiedError as death:
-            self._end()
-            raise ValueError(f"{Path(file.url).name}: {death}") from None
-        if self._child.files_read >= self.limits.files:
-            self._end()
-        return frame
-
-    def _end(self) -> None:
-        if self._child is not None:
-            self._child.end()
-            self._child = None
-
-
-class _ChildDiedError(Exception):
-    """Why there is no answer from the child."""
-
-
-class _Child:
-    """A fresh Python that runs `serve_reads` below; requests and answers are messages on a pipe."""
-
-    def __init__(self, source: Source, limits: Limits):
-        self.limits = limits
-        self.files_read = 0
-        self.connection, theirs = Pipe()
-        self.messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
-        paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.decode", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=self.messages,
-            stderr=self.messages,
-        )
-        theirs.close()
-        self._send(pickle.dumps((source, limits)))
-
-    def read(self, path: Path) -> Frame:
-        """The frame in a file.
+    def files(self, start: datetime | None, end: datetime | None) -> list[RemoteFile]:
+        """What the source has within [start, end]; some have to open their files for it.
 
         Raises:
-            ValueError, OSError: as the source's `read` does.
-            _ChildDiedError: if it gave no answer.
+            ValueError: if that fails, or is nothing at all.
         """
-        self._send(str(path).encode())
-        deadline = time.monotonic() + self.limits.seconds
-        head = self._receive(deadline)
-        self.files_read += 1
+        if self.source.trusted:
+            return list(self.source.files(start, end))
+        place = self._place()
+        found = self._running().files(start, end, [] if place is None else [place])
+        for file in found:
+            if place is not None and not _absolute(file.url).is_relative_to(place):
+                raise Refusal(Code.INVALID, f"{file.url}: listed, but not within source.path={place}")
+        return found
+
+    def _running(self) -> Readers:
+        if self._readers is None or not self._readers.alive:
+            _warn_of_open_files()
+            self._readers = Readers(self.source, self.limits)
+        return self._readers
+
+    def _place(self) -> Path | None:
+        """The source's folder, store or only file; None if it has none, or not on this machine."""
+        path = getattr(self.source, "path", None)
+        return _absolute(path) if path is not None and Path(path).exists() else None
+
+    @property
+    def _reads_beside(self) -> bool:
+        """Whether the source says that its frames are in several files that lie side by side."""
+        return bool(getattr(self.source, "beside", False))
+
+    def _taken(self, path: Path) -> "_Taken":
+        """A file as its reader is to have it.
+
+        Raises:
+            Refusal: if its name is unsafe, or it is no plain file, too large, or not what its provider
+                published.
+        """
+        if not SAFE_NAME.fullmatch(path.name) and path != self._place():
+            raise Refusal(Code.UNSAFE_NAME, f"{path.name!r}: an unsafe name; expected {SAFE_NAME.pattern}")
         try:
-            told = json.loads(head)
-            if "value_error" in told:
-                refusal: Exception = ValueError(told["value_error"])
-            elif "os_error" in told:
-                refusal = OSError(told["os_error"])
-            else:
-                return _frame(told, self._receive(deadline))
-        except (ValueError, TypeError, KeyError) as error:
-            raise _ChildDiedError(f"its reader gave no valid frame: {error}") from error
-        raise refusal
+            state = _state(path)
+            if stat.S_ISLNK(state.mode):
+                raise Refusal(Code.UNSAFE_NAME, f"{path.name}: a link, which may lead anywhere")
+            if self._last is None or (self._last.path, self._last.state) != (path, state):
+                self._last = None  # its copy is about to go
+                self._last = self._take(path, state)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Refusal(Code.UNREADABLE, str(error)) from error
+        return self._last
 
-    def _send(self, message: bytes) -> None:
+    def _take(self, path: Path, state: "_State") -> "_Taken":
+        """A copy of the file that nothing else writes to; or the file, where it is not to be copied."""
+        if stat.S_ISDIR(state.mode):
+            return _Taken(path, state, None, path, path)
+        if state.size > self.limits.size:
+            raise Refusal(
+                Code.TOO_LARGE, f"{path.name}: {state.size} bytes; a reader takes {self.limits.size} at most"
+            )
+        if self._reads_beside or state.size > COPIED:
+            sha256 = checksums.digest(path, "sha256")
+            self._check_published(path, path, sha256)
+            return _Taken(path, state, sha256, path, path)
+        inbox = self._emptied_inbox()
+        sha256 = _copied(path, state.size, inbox / path.name)
+        self._check_published(path, inbox / path.name, sha256)
+        return _Taken(path, state, sha256, inbox / path.name, inbox)
+
+    def _emptied_inbox(self) -> Path:
+        if self._inbox is None:
+            self._inbox = tempfile.TemporaryDirectory(prefix="metnet-")
+        inbox = Path(self._inbox.name)
+        for path in inbox.iterdir():
+            path.unlink()
+        return inbox
+
+    def _check_published(self, path: Path, taken: Path, sha256: str) -> None:
+        """Refuses bytes that are not what the provider published a checksum of."""
         try:
-            self.connection.send_bytes(message)
-        except OSError:
-            raise _ChildDiedError(self._last_words()) from None
+            for checksum in checksums.published(path, self._place()):
+                md5 = checksum.algorithm == "md5"
+                got = checksums.digest(taken, "md5") if md5 else sha256
+                if got != checksum.digest:
+                    raise ValueError(
+                        f"its {checksum.algorithm} is {got}, but {checksum.place.name} says "
+                        f"{checksum.digest}; a damaged file, fetch it again"
+                    )
+        except ValueError as error:
+            raise Refusal(Code.CHECKSUM, f"{path.name}: {error}") from error
 
-    def _receive(self, deadline: float) -> bytes:
-        try:
-            if not self.connection.poll(max(0.0, deadline - time.monotonic())):
-                raise _ChildDiedError(f"reading it took more than {self.limits.seconds:g} s; given up")
-            return self.connection.recv_bytes(LARGEST_FRAME)
-        except (EOFError, OSError):
-            raise _ChildDiedError(self._last_words()) from None
-
-    def _last_words(self) -> str:
-        """How the child ended, and the last line that it wrote."""
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            code = 0
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        self.messages.seek(0)
-        lines = self.messages.read().decode(errors="replace").strip().splitlines()
-        return f"reading it crashed: its process {how}" + (f" ({lines[-1].strip()})" if lines else "")
-
-    def end(self) -> None:
-        """Ends the process, whatever it is doing."""
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
-        self.messages.close()
-
-
-def _head(frame: Frame) -> dict[str, object]:
-    """All of a frame but its values, as JSON holds it."""
-    return {
-        "variable": asdict(frame.variable),
-        "valid_time": frame.valid_time.isoformat(),
-        "cadence": frame.cadence.total_seconds(),
-        "grid": asdict(frame.grid),
-        "source": frame.source,
-        "sha256": frame.sha256,
-    }
+    def _check_place(self, file: RemoteFile, frame: Frame) -> None:
+        """Refuses a frame of another time than the file's, of the future, or on another grid."""
+        name = Path(file.url).name
+        if file.valid_time is not None and frame.valid_time != file.valid_time:
+            raise Refusal(
+                Code.WRONG_TIME,
+                f"{name}: the frame in it is valid at {frame.valid_time:%Y-%m-%dT%H:%M:%SZ}, "
+                f"but its name says {file.valid_time:%Y-%m-%dT%H:%M:%SZ}",
+            )
+        if not self.source.trusted and frame.valid_time > datetime.now(UTC) + AHEAD:
+            raise Refusal(
+                Code.FUTURE,
+                f"{name}: valid at {frame.valid_time:%Y-%m-%dT%H:%M:%SZ}, which is yet to come; "
+                "is this machine's clock right?",
+            )
+        if self.grid is not None and frame.grid != self.grid:
+            raise Refusal(Code.WRONG_GRID, f"{name}: on {frame.grid}; expected {self.grid}")
 
 
-def _frame(head: dict[str, Any], values: bytes) -> Frame:
-    """The frame that the child sent, with all the checks of `Frame`."""
-    low, high = head["variable"].pop("valid_range")
-    grid = Grid(**head["grid"])
-    return Frame(
-        Variable(valid_range=(low, high), **head["variable"]),
-        datetime.fromisoformat(str(head["valid_time"])),
-        timedelta(seconds=float(head["cadence"])),
-        grid,
-        np.frombuffer(values, np.float32).reshape(grid.shape),
-        str(head["source"]),
-        str(head["sha256"]),
+def _check_observed(file: RemoteFile, frame: Frame) -> None:
+    """Refuses an observation without an observed cell, or with one value everywhere but "nothing there".
+
+    Both are what a failing service sends, and neither says anything of the weather: a missing frame
+    is NaN in the cube as well. A field of zeros (or below: reflectivity of no echo) is a dry day. What
+    does not change (land everywhere, say) may be the same everywhere.
+    """
+    if frame.cadence is None:
+        return
+    cells = frame.values.ravel()
+    for part in (cells[::SAMPLE], cells):
+        observed = part[~np.isnan(part)]
+        if observed.size and observed.min() != observed.max():
+            return
+    name = Path(file.url).name
+    if not observed.size:
+        raise Refusal(Code.UNOBSERVED, f"{name}: not one of its {cells.size} cells was observed")
+    if observed[0] > 0:
+        raise Refusal(
+            Code.ALL_EQUAL,
+            f"{name}: all of its {observed.size} observed cells are {observed[0]:g} {frame.variable.units}",
+        )
+
+
+class _State(NamedTuple):
+    """Which file it is, and what shows that it changed."""
+
+    device: int
+    number: int
+    mode: int
+    size: int
+    written: int  # ns, when its bytes last changed
+    changed: int  # ns, when anything of it did
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A file as its reader has it."""
+
+    path: Path
+    state: _State
+    sha256: str | None  # None: a store
+    given: Path  # the same, or a copy
+    readable: Path  # it, or the folder it is alone in
+
+
+def _state(path: Path) -> _State:
+    found = path.stat(follow_symlinks=False)
+    return _State(
+        found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     )
 
 
-def serve_reads(connection: Connection) -> None:
-    """Answers read requests until the other side closes: what the child process does."""
-    source: Source
-    limits: Limits
-    source, limits = pickle.loads(connection.recv_bytes())
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.written, limits.written))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while True:
-        try:
-            path = Path(connection.recv_bytes().decode())
-        except EOFError:
-            return
-        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used + limits.seconds) + 1, resource.RLIM_INFINITY))
-        _answer(connection, source, path)
-
-
-def _answer(connection: Connection, source: Source, path: Path) -> None:
-    """Sends the frame in a file, or why there is none."""
+def _check_unchanged(taken: _Taken) -> None:
+    """Refuses what is another file, or another's bytes, than when it was taken."""
     try:
-        frame = source.read(path)
-    except OSError as error:
-        connection.send_bytes(json.dumps({"os_error": str(error)}).encode())
-    except MemoryError:
-        connection.send_bytes(json.dumps({"value_error": f"{path.name}: too large to read"}).encode())
-    except Exception as error:  # a reader that trips over a damaged file, in whatever way, refuses it
-        named = f"{path.name}: {type(error).__name__}: {error}"
-        reason = str(error) if isinstance(error, ValueError) else named
-        connection.send_bytes(json.dumps({"value_error": reason}).encode())
-    else:
-        connection.send_bytes(json.dumps(_head(frame)).encode())
-        connection.send_bytes(np.ascontiguousarray(frame.values).data.cast("B"))
+        same = _state(taken.path) == taken.state
+    except OSError:
+        same = False
+    if not same:
+        raise Refusal(Code.CHANGED, f"{taken.path.name}: changed while it was read; try again later")
 
 
-if __name__ == "__main__":
-    serve_reads(Connection(int(sys.argv[1])))
+def _copied(path: Path, size: int, copy: Path) -> str:
+    """Copies as many bytes of a plain file; returns the sha256 of what was copied.
+
+    Raises:
+        OSError: if it cannot be opened, is no plain file, or there is no room.
+    """
+    digest = hashlib.sha256()
+    with checksums.opened(path) as file, copy.open("xb") as copied:
+        while part := file.read(min(BLOCK, size)):
+            size -= len(part)
+            digest.update(part)
+            copied.write(part)
+    return digest.hexdigest()
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - the name as it is: links are not followed
+
+
+@lru_cache(maxsize=1)
+def _warn_of_open_files() -> None:
+    """Says once that readers are less confined than they should be, where that is so."""
+    if not sandbox.landlock_version():
+        logging.getLogger(__name__).warning(
+            "this system has no Landlock: what reads a file from outside can open other files as well"
+        )

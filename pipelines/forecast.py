@@ -14,10 +14,11 @@ import numpy as np
 
 from metnet.batch import Batch
 from metnet.forecaster import Forecaster
-from pipelines.cube import Cube
-from pipelines.export import export as export_run
+from pipelines.export import export_run
 from pipelines.frame import parse_time
+from pipelines.observations import Observations
 from pipelines.past import past
+from pipelines.plain import open_cube
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
@@ -104,7 +105,7 @@ def forecast(
             With "all", a frame that holds no observation is passed over with a warning.
     """
     began = monotonic()
-    opened = Cube.open(cube)
+    opened = open_cube(cube)
     leads = _lead_times(opened, model, lead_times)
     inits = _init_times(opened, model.frames, init_time, start, end, every)
     if export is not None and len(inits) > 1:
@@ -176,7 +177,7 @@ class _Run:
         self.covered = cells / (header.grid.y_size * header.grid.x_size)
 
 
-def _run(store: ForecastStore, cube: Cube, model: Forecaster, header: RunHeader) -> _Run | None:
+def _run(store: ForecastStore, cube: Observations, model: Forecaster, header: RunHeader) -> _Run | None:
     """Makes a run and writes it whole; None if it is there already.
 
     Raises:
@@ -200,7 +201,7 @@ def _run(store: ForecastStore, cube: Cube, model: Forecaster, header: RunHeader)
     return run
 
 
-def _past(cube: Cube, frames: int, header: RunHeader) -> tuple[Batch, str]:
+def _past(cube: Observations, frames: int, header: RunHeader) -> tuple[Batch, str]:
     """What a forecaster may know, and the valid times of the frames that are missing from it."""
     batch = past(cube, header.init_time, frames, header.lead_times)
     times = [header.init_time - age * cube.cadence for age in range(frames - 1, -1, -1)]
@@ -211,7 +212,7 @@ def _past(cube: Cube, frames: int, header: RunHeader) -> tuple[Batch, str]:
 
 
 def _init_times(
-    cube: Cube,
+    cube: Observations,
     frames: int,
     wanted: str | Sequence[str],
     start: str | None,
@@ -247,7 +248,7 @@ def _init_times(
 
 
 def _every_init_time(
-    cube: Cube, frames: int, start: str | None, end: str | None, every: float | None
+    cube: Observations, frames: int, start: str | None, end: str | None, every: float | None
 ) -> list[datetime]:
     """All times with a complete past, thinned to multiples of `every` minutes after the cube's first time."""
     minutes = _minutes(cube)
@@ -281,7 +282,7 @@ def _near(present: Sequence[datetime], time: datetime) -> str:
     return f"the nearest are {near}, of {span}"
 
 
-def _lead_times(cube: Cube, model: Forecaster, wanted: Sequence[float] | None) -> tuple[float, ...]:
+def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] | None) -> tuple[float, ...]:
     """Minutes: those wanted, else the model's own, else up to an hour in steps of the cube's cadence."""
     minutes = _minutes(cube)
     if isinstance(model, TrainedModel):
@@ -304,7 +305,7 @@ def _lead_times(cube: Cube, model: Forecaster, wanted: Sequence[float] | None) -
     return leads
 
 
-def _provenance(cube: Cube, model: Forecaster, config: Mapping[str, Any] | None) -> dict[str, str]:
+def _provenance(cube: Observations, model: Forecaster, config: Mapping[str, Any] | None) -> dict[str, str]:
     """What made a run, from what."""
     return {
         "input_cube": cube.path,
@@ -339,7 +340,7 @@ def _name(model: Forecaster) -> str:
     return type(model.network).__name__ if isinstance(model, TrainedModel) else repr(model)
 
 
-def _minutes(cube: Cube) -> float:
+def _minutes(cube: Observations) -> float:
     return cube.cadence.total_seconds() / 60
 
 

@@ -9,18 +9,22 @@ from numpy.typing import NDArray
 from pipelines.cf import Variable
 from pipelines.grid import Grid
 
+ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)  # the valid time of what does not change
+
 
 @dataclass(frozen=True, eq=False)
 class Frame:
     """A field as it was observed; NaN is "not observed", 0 is "dry"."""
 
     variable: Variable
-    valid_time: datetime  # UTC; the end of the interval where the quantity is a sum
-    cadence: timedelta  # from one frame of this source to the next
+    valid_time: datetime  # UTC; the end of the interval where the quantity is a sum; `ALWAYS` if static
+    cadence: timedelta | None  # from one frame of this source to the next; None: it never changes (static)
     grid: Grid
     values: NDArray[np.float32]  # (y, x), in the variable's units
     source: str  # the service and product, as a person would say it
     sha256: str  # of the file the frame was read from
+    group: str = "radar"  # of a cube, where frames of this kind belong: "radar", "satellite", "static"
+    flags: NDArray[np.uint8] | None = None  # (y, x), what looks wrong (pipelines.quality); None: not judged
 
     def __post_init__(self) -> None:
         """Refuses what no reader may hand on.
@@ -31,8 +35,13 @@ class Frame:
         """
         if self.valid_time.utcoffset() != timedelta(0):
             raise ValueError(f"valid_time={self.valid_time}: expected a time in UTC")
-        if self.cadence <= timedelta(0):
+        if self.cadence is not None and self.cadence <= timedelta(0):
             raise ValueError(f"cadence={self.cadence}: expected more than 0")
+        if (self.cadence is None) != (self.valid_time == ALWAYS):
+            raise ValueError(
+                f"cadence={self.cadence}, valid_time={self.valid_time}: a static field has no cadence "
+                f"and the time {ALWAYS}, every other frame a cadence and another time"
+            )
         if self.values.shape != self.grid.shape:
             raise ValueError(f"values of shape {self.values.shape} on a grid of {self.grid.shape}")
         if self.values.dtype != np.float32:

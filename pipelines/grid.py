@@ -91,9 +91,13 @@ class Grid:
         return float(np.sqrt(lengths[0] * lengths[1]))
 
     def lonlat(self) -> tuple[Coordinates, Coordinates]:
-        """Longitude and latitude (degrees, WGS 84) of every cell centre, each (y, x)."""
+        """Longitude and latitude (degrees, WGS 84) of every cell centre, each (y, x).
+
+        Where the CRS holds no place on earth, such as beside a geostationary disk, both are not finite.
+        """
         lon, lat = _to_lonlat(self.crs).transform(*np.meshgrid(self.x, self.y))
-        return (np.asarray(lon) + 180) % 360 - 180, np.asarray(lat)
+        with np.errstate(invalid="ignore"):  # a place that the CRS cannot hold is infinite
+            return (np.asarray(lon) + 180) % 360 - 180, np.asarray(lat)
 
     def cells(self, lon: ArrayLike, lat: ArrayLike) -> tuple[Coordinates, Coordinates]:
         """Fractional row and column of each place; cell centres are whole numbers.

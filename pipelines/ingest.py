@@ -1,23 +1,39 @@
-"""`ingest`: files of a source -> decode -> window -> regrid -> cube; it continues where it stopped."""
+"""`ingest`: files of a source -> decode -> window -> regrid -> judge -> cube; it goes on where it stopped."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import logging
+import os
+import pickle
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from pipelines.cube import Cube, Written
+from pipelines.cube import STATIC, Cube, Written, groups, judged
 from pipelines.decode import Decoder
+from pipelines.feeds.feed import Feed, NewFile, open_feed
+from pipelines.feeds.web import Manners, SystemClock
 from pipelines.frame import Frame, parse_time
 from pipelines.grid import Grid
 from pipelines.progress import track
+from pipelines.refusal import Code, Refusal
 from pipelines.regrid import regrid
-from pipelines.sources.source import RemoteFile, Source
+from pipelines.repository import Repository
+from pipelines.sources.source import NamedSource, RemoteFile, Source
+from pipelines.spread import spread
+from pipelines.static import write_static
+
+log = logging.getLogger(__name__)
 
 BATCH_BYTES = 2**29  # of frames that wait in memory for a commit
-QUARANTINE = "quarantine.jsonl"
+LOOKBACK = timedelta(hours=2)  # how far behind the newest file a late one is still looked for
 
 
 @dataclass(frozen=True)
@@ -25,28 +41,47 @@ class Ingested:
     """What an ingest did, counted by valid time."""
 
     cube: str
+    group: str
     snapshot: str
     new: int
     already_there: int
     conflicting: int  # there before from another file; the first is kept
+    restated: int  # there before from another file, and replaced by it
     quarantined: int  # damaged files, each with its reason in `quarantine`
     quarantine: str
-    first: datetime
-    last: datetime
+    first: datetime | None  # None: no file tells its time
+    last: datetime | None
 
     def __str__(self) -> str:
         """What a person wants to know of it."""
         counts = [f"{self.new} new", f"{self.already_there} already there"]
         if self.conflicting:
-            counts.append(f"{self.conflicting} there from another file, kept as they were")
+            counts.append(
+                f"{self.conflicting} there from another file, kept as they were (restate=true replaces them)"
+            )
+        if self.restated:
+            counts.append(f"{self.restated} restated")
         if self.quarantined:
             counts.append(f"{self.quarantined} damaged, see {self.quarantine}")
-        nothing = "" if self.new else "\nNothing changed."
+        period = ""
+        if self.first is not None and self.last is not None and self.group != STATIC:
+            period = f"frames from {_shown(self.first)} to {_shown(self.last)}, "
+        nothing = "" if self.new or self.restated else "\nNothing changed."
         return (
-            f"{self.cube}: {', '.join(counts)}\n"
-            f"frames from {self.first:%Y-%m-%dT%H:%M:%SZ} to {self.last:%Y-%m-%dT%H:%M:%SZ}, "
-            f"snapshot {self.snapshot}{nothing}"
+            f"{self.cube}: {', '.join(counts)}\n{period}group {self.group}, snapshot {self.snapshot}{nothing}"
         )
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file that gave no frame, and why."""
+
+    file: RemoteFile
+    code: Code
+    reason: str
+
+
+Read = tuple[RemoteFile, Frame | Refused]
 
 
 def ingest(
@@ -57,11 +92,38 @@ def ingest(
     start: str | datetime | None = None,
     end: str | datetime | None = None,
     batch: int = 24,
+    group: str | None = None,
+    restate: bool = False,
+    workers: int = 0,
+    scheduler: str | None = None,
+    follow: bool = False,
+    every: float = 30.0,
+    max_rate: float | None = None,
+    cache: str | None = None,
 ) -> Ingested:
     """Reads a source's files into a cube, `batch` frames a commit; those already there are not read again.
 
-    A damaged file is written down in quarantine.jsonl in the cube's folder (for a cube at a URL: in the
+    The source's path may be a URL too; its files are fetched one by one, and deleted when they were read.
+
+    A damaged file is written down in CUBE.quarantine.jsonl beside the cube (for a cube at a URL: in the
     working directory), and the rest goes on.
+
+    Args:
+        source: where the files are and how they read.
+        cube: folder or URL of the cube; made if it is not there.
+        grid: that the frames are put on; None: their own.
+        window: [y0, x0, ny, nx] in cells of the frames' own grid, row 0 north; None: all of it.
+        start: first valid time to read; None: the source's first.
+        end: last valid time to read; None: the source's last.
+        batch: frames a commit.
+        group: of the cube; None: the one that the source's frames belong to ("radar", "satellite", "static").
+        restate: also read files of valid times that are there from other files, and replace those.
+        workers: processes that decode and regrid; 0: this one alone.
+        scheduler: address of a Dask scheduler whose workers do so instead; see `pipelines.spread`.
+        follow: go on with the files that appear, until SIGINT or SIGTERM.
+        every: seconds between two looks for new files, on average.
+        max_rate: bytes/s of what is fetched from a URL; None: as fast as it comes.
+        cache: folder for what is fetched; None: a temporary one.
 
     Raises:
         ValueError: if the source has no files then, if none of them can be read, or if the cube holds another
@@ -69,72 +131,299 @@ def ingest(
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 frame a commit")
-    if window is not None and len(window) != 4:
-        raise ValueError(f"window={window}: expected [y0,x0,ny,nx] in cells of the native grid, row 0 north")
-    files = _files(source, start, end)
-    there = _observed(cube)
-    fresh = [file for file in files if file.valid_time not in there]
-    wanted = fresh or files[:1]  # whether window and grid are the cube's shows in any one frame
-    quarantine = Quarantine(cube)
-    with Decoder(source) as decoder:
-        read = _read(decoder, track(wanted, "reading frames", total=len(wanted)), quarantine)
-        written = _write(cube, (_place(frame, window, grid) for frame in read), batch, quarantine)
-    quarantine.save()
-    if not written and not there:
-        raise ValueError(
-            f"{cube}: none of {len(files)} files could be read; the reasons are in {quarantine.path}, "
-            f"the first: {quarantine.reasons[0]}"
+    place = Placing(_window(window), grid)
+    first, last = (None if time is None else parse_time(time) for time in (start, end))
+    with Decoder(source) as decoder, spread(workers, scheduler) as workforce:
+        work = (
+            partial(_prepared, decoder, place)
+            if workforce.is_here
+            else partial(_prepared_by_worker, pickle.dumps(source), place)
         )
-    return Ingested(
-        cube=cube,
-        snapshot=Cube.open(cube).snapshot,
-        new=sum(part.new for part in written),
-        already_there=len(files) - len(wanted) + sum(part.unchanged for part in written),
-        conflicting=sum(part.conflicting for part in written),
-        quarantined=len(quarantine.reasons),
-        quarantine=str(quarantine.path),
-        first=files[0].valid_time,
-        last=files[-1].valid_time,
-    )
+        read = partial(workforce.map, work)
+        if not follow and not _is_remote(source):
+            intake = Intake(cube, group, batch, restate, read)
+            intake.take(_files(decoder, first, last))
+        else:
+            offered: dict[str, NewFile] = {}  # by URL
+            since = first or _since(source, cube, group)
+            with _feed(source, since, max_rate, cache) as feed:
+                intake = Intake(cube, group, batch, restate, partial(_fetched, feed, offered, read))
+                for files in feed.follow(every, tell=log.warning) if follow else _once(feed):
+                    wanted = [file for file in files if last is None or file.valid_time <= last]
+                    offered |= {file.url: file for file in wanted}
+                    _take_new(intake, wanted)
+                    offered.clear()
+    if not intake.began:
+        reasons = intake.quarantine.reasons
+        if not reasons:
+            raise ValueError(f"{cube}: there was no file to read")
+        raise ValueError(
+            f"{cube}: none of {len(reasons)} files could be read; the reasons are in "
+            f"{intake.quarantine.path}, the first: {reasons[0]}"
+        )
+    return intake.result()
+
+
+def _take_new(intake: "Intake", files: list[NewFile]) -> None:
+    """Takes what a feed has handed out, and says so."""
+    before = dict(intake.counts)
+    intake.take([RemoteFile(file.url, file.valid_time) for file in files])
+    counts = {name: count - before[name] for name, count in intake.counts.items() if count != before[name]}
+    if files and counts:
+        told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+        log.info(
+            "%s: %s, the newest valid at %s",
+            intake.cube,
+            told,
+            _shown(max(file.valid_time for file in files)),
+        )
+
+
+def _is_remote(source: Source) -> bool:
+    return "://" in str(getattr(source, "path", None))
+
+
+def _since(source: Source, cube: str, group: str | None) -> datetime | None:
+    """From when on a feed is taken: all of a folder; of a URL, which may hold years, what came since last.
+
+    So a cube that was not fed for a while gets all that it missed, late frames too.
+    """
+    if not _is_remote(source):
+        return None
+    there = _there(cube, [group] if group else _groups(cube))
+    return max(there, default=datetime.now(UTC)) - LOOKBACK
+
+
+@contextmanager
+def _feed(
+    source: Source, start: datetime | None, max_rate: float | None, cache: str | None
+) -> Iterator[Feed]:
+    """The feed of a source, which SIGINT and SIGTERM end between two files.
+
+    Raises:
+        ValueError: if the names of the source's files do not tell their times.
+    """
+    if not hasattr(source, "valid_time"):
+        raise ValueError(
+            f"source={type(source).__name__}: cannot be followed or read from a URL, as the "
+            "names of its files do not tell what is in them; ingest its folder again when there is more"
+        )
+    named: NamedSource = source  # type: ignore[assignment]
+    clock = SystemClock()
+    with tempfile.TemporaryDirectory(prefix="metnet-") as folder, _stopping(clock.stop):
+        manners = Manners(max_rate=max_rate)
+        yield open_feed(named, Path(cache or folder), start, LOOKBACK, manners, clock=clock)
+
+
+@contextmanager
+def _stopping(event: threading.Event) -> Iterator[None]:
+    """Lets SIGINT and SIGTERM set an event; not outside the main thread, which alone may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _once(feed: Feed) -> Iterator[list[NewFile]]:
+    """All that is there now."""
+    while True:
+        yield feed.listing()
+        if not feed.behind or feed.clock.stopped:
+            return
+
+
+def _fetched(
+    feed: Feed,
+    offered: dict[str, NewFile],
+    read: Callable[[Iterable[RemoteFile]], Iterator[Read]],
+    files: Iterable[RemoteFile],
+) -> Iterator[Read]:
+    """What is in the files of a feed, each fetched when it is wanted and deleted when it was read."""
+    names: dict[str, RemoteFile] = {}
+    missing: list[Read] = []
+
+    def fetched() -> Iterator[RemoteFile]:
+        for file in files:
+            try:
+                here = feed.fetch(offered[file.url])
+            except OSError as error:
+                missing.append((file, Refused(file, Code.UNREACHABLE, str(error))))
+                continue
+            names[here.url] = file
+            yield here
+
+    for here, result in read(fetched()):
+        feed.release(here)
+        file = names.pop(here.url)
+        yield file, replace(result, file=file) if isinstance(result, Refused) else result
+    yield from missing
+
+
+class Intake:
+    """Takes files into one group of a cube, as often as there are new ones."""
+
+    def __init__(
+        self,
+        cube: str,
+        group: str | None,
+        batch: int,
+        restate: bool,
+        read: Callable[[Iterable[RemoteFile]], Iterator[Read]],
+    ):
+        """Nothing is read or made before the first files come."""
+        self.cube, self.batch, self.restate = cube, batch, restate
+        self.group = group
+        self.quarantine = Quarantine(cube)
+        self._read = read
+        self._first: Frame | None = None
+        self._cube: Cube | None = None  # None for fields without a time
+        self.counts = {"new": 0, "already_there": 0, "conflicting": 0, "restated": 0}
+        self._span: list[datetime] = []
+
+    @property
+    def began(self) -> bool:
+        """Whether any frame could be read yet, so that there is a cube."""
+        return self._first is not None
+
+    def take(self, files: list[RemoteFile]) -> None:
+        """Writes the frames in those of the files that are not there yet.
+
+        Raises:
+            ValueError: if the cube holds another grid, quantity or cadence.
+        """
+        self._span += [file.valid_time for file in files if file.valid_time is not None]
+        frames: Iterator[Frame] = iter(())
+        if self._first is None:
+            files, frames = self._begin(files)
+            if self._first is None:
+                return
+        fresh = self._fresh(files)
+        self.counts["already_there"] += len(files) - len(fresh)
+        rest = self._frames(track(fresh, "reading frames", total=len(fresh)))
+        for part in _batches(chain(frames, rest), self.batch):
+            self._count(self._write(part))
+
+    def result(self) -> Ingested:
+        """All that was done."""
+        return Ingested(
+            cube=self.cube,
+            group=str(self.group),
+            snapshot=Repository.open(self.cube).snapshot,
+            **self.counts,
+            quarantined=len(self.quarantine.reasons),
+            quarantine=str(self.quarantine.path),
+            first=min(self._span, default=None),
+            last=max(self._span, default=None),
+        )
+
+    def _begin(self, files: list[RemoteFile]) -> tuple[list[RemoteFile], Iterator[Frame]]:
+        """The files not tried yet, and the frame that opens the cube.
+
+        Whether group, grid and window are the cube's shows in any one frame: a new one, if any can be read.
+        """
+        there = _there(self.cube, [self.group] if self.group else _groups(self.cube))
+        new = [file for file in files if file.valid_time not in there]
+        old = [file for file in files if file.valid_time in there]
+        tried: set[RemoteFile] = set()
+        for file in (*new, *old[:1]):
+            tried.add(file)
+            for frame in self._frames([file]):
+                self._open(frame)
+                return [other for other in files if other not in tried], iter([frame])
+        return [], iter(())
+
+    def _open(self, frame: Frame) -> None:
+        """Makes the cube where there is none."""
+        self.group = self.group or frame.group
+        if frame.cadence is not None:
+            self._cube = Cube.open_or_create(
+                self.cube, frame.grid, frame.variable, frame.valid_time, frame.cadence, self.group
+            )
+        self._first = frame
+
+    def _fresh(self, files: list[RemoteFile]) -> list[RemoteFile]:
+        """Those of the files that the group does not have yet; to restate, also those that differ."""
+        there = _there(self.cube, [str(self.group)])
+        return [
+            file
+            for file in files
+            if file.valid_time not in there
+            or (self.restate and _sha256(Path(file.url)) != there[file.valid_time])
+        ]
+
+    def _frames(self, files: Iterable[RemoteFile]) -> Iterator[Frame]:
+        """The frames of the files that can be read and belong to the cube."""
+        for file, read in self._read(files):
+            if isinstance(read, Frame):
+                read = self._checked(file, read)
+            if isinstance(read, Frame):
+                yield read
+            else:
+                self.quarantine.add(read)
+
+    def _checked(self, file: RemoteFile, frame: Frame) -> Frame | Refused:
+        """The frame, unless it is not of the kind that the cube holds; the first decides for a new cube."""
+        try:
+            if self._cube is not None:
+                self._cube.check(frame)
+            elif self._first is not None and frame.cadence is not None:
+                raise ValueError(f"{frame.source} changes with time, and the files before it do not")
+        except ValueError as error:
+            return Refused(file, Code.OTHER_CUBE, f"{Path(file.url).name}: {error}")
+        return frame
+
+    def _write(self, frames: list[Frame]) -> list[Written]:
+        if self._cube is None:
+            return [write_static(self.cube, frame, self.restate) for frame in frames]
+        return [self._cube.write(frames, restate=self.restate)]
+
+    def _count(self, written: list[Written]) -> None:
+        for part in written:
+            self.counts["new"] += part.new
+            self.counts["already_there"] += part.unchanged
+            self.counts["conflicting"] += part.conflicting
+            self.counts["restated"] += part.restated
 
 
 class Quarantine:
-    """The damaged files of a cube: one line of JSON for each in quarantine.jsonl."""
+    """The damaged files of a cube: one line of JSON for each in CUBE.quarantine.jsonl."""
 
     def __init__(self, cube: str):
         """Reads what is there."""
-        self.path = Path(QUARANTINE) if "://" in cube else Path(cube) / QUARANTINE
-        self.lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        name = f"{cube.rstrip('/').rsplit('/', 1)[-1]}.quarantine.jsonl"
+        self.path = Path(name) if "://" in cube else Path(cube).with_name(name)
         self.reasons: list[str] = []  # of this time
-        self._known = {(record["path"], record["sha256"]) for record in map(json.loads, self.lines)}
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self._known = {
+            (record["path"], record["sha256"], record["reason"]) for record in map(json.loads, lines)
+        }
 
-    def add(self, file: RemoteFile, reason: str) -> None:
-        """Writes a file down; once, however often it is met."""
-        self.reasons.append(reason)
-        sha256 = _sha256(Path(file.url))
-        if (file.url, sha256) in self._known:
+    def add(self, refused: Refused) -> None:
+        """Writes a file down at once; once, however often it is met, and beside what others write."""
+        self.reasons.append(refused.reason)
+        file, sha256 = refused.file, _sha256(Path(refused.file.url))
+        if (file.url, sha256, refused.reason) in self._known:
             return
-        self._known.add((file.url, sha256))
+        self._known.add((file.url, sha256, refused.reason))
         record = {
             "path": file.url,
             "sha256": sha256,
-            "valid_time": f"{file.valid_time:%Y-%m-%dT%H:%M:%SZ}",
-            "time": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-            "reason": reason,
+            "valid_time": file.valid_time and _shown(file.valid_time),
+            "time": _shown(datetime.now(UTC)),
+            "code": refused.code,
+            "reason": refused.reason,
         }
-        self.lines.append(json.dumps(record))
-
-    def make_room(self) -> None:
-        """Takes the file away until `save` where it lies alone, as a new cube needs an empty folder."""
-        folder = self.path.parent
-        if self.path.is_file() and list(folder.iterdir()) == [self.path]:
-            self.path.unlink()
-
-    def save(self) -> None:
-        """Writes all lines, if there are any."""
-        if self.lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("\n".join(self.lines) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as lines:  # one call to the system: no line is ever torn
+            lines.write(json.dumps(record).encode() + b"\n")
+            os.fsync(lines.fileno())
 
 
 def _sha256(path: Path) -> str | None:
@@ -146,33 +435,67 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
-def _read(decoder: Decoder, files: Iterable[RemoteFile], quarantine: Quarantine) -> Iterator[Frame]:
-    """The frames in the files that can be read."""
-    for file in files:
+def _there(path: str, groups: Iterable[str]) -> dict[datetime, str]:
+    """The valid times whose frames a cube has in any of some groups, with the SHA-256 of their files."""
+    there: dict[datetime, str] = {}
+    for group in groups:
         try:
-            yield decoder.decode(file)
-        except (ValueError, OSError) as error:
-            quarantine.add(file, str(error))
+            cube = Cube.open(path, group)
+        except ValueError:
+            continue  # made by the first frame
+        known = zip(cube.times, cube.digests(), strict=True)
+        there.update((time, digest) for time, digest in known if digest is not None)
+    return there
 
 
-def _place(frame: Frame, window: list[int] | None, grid: Grid | None) -> Frame:
-    """The frame in a window of its own grid and then on another grid, where they are given."""
-    part = frame if window is None else frame.window(*window)
-    return part if grid is None else regrid(part, grid)
-
-
-def _write(path: str, frames: Iterator[Frame], batch: int, quarantine: Quarantine) -> list[Written]:
-    """Writes frames to the cube, batch by batch, and the quarantine along with them."""
-    first = next(frames, None)
-    if first is None:
+def _groups(cube: str) -> list[str]:
+    """The groups of frames in a cube; none where there is no cube yet."""
+    try:
+        repository = Repository.open(cube)
+    except ValueError:
         return []
-    quarantine.make_room()
-    cube = Cube.open_or_create(path, first.grid, first.variable, first.valid_time, first.cadence)
-    written = []
-    for part in _batches(chain([first], frames), batch):
-        written.append(cube.write(part))
-        quarantine.save()
-    return written
+    return groups(repository, repository.snapshot)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where on its own grid a frame is taken, and what it is put on."""
+
+    window: tuple[int, int, int, int] | None
+    grid: Grid | None
+
+    def __call__(self, frame: Frame) -> Frame:
+        """The frame in the window and then on the grid, judged."""
+        part = frame if self.window is None else frame.window(*self.window)
+        return judged(part if self.grid is None else regrid(part, self.grid))
+
+
+def _window(window: list[int] | None) -> tuple[int, int, int, int] | None:
+    if window is None:
+        return None
+    if len(window) != 4:
+        raise ValueError(f"window={window}: expected [y0,x0,ny,nx] in cells of the native grid, row 0 north")
+    y0, x0, y_size, x_size = window
+    return y0, x0, y_size, x_size
+
+
+def _prepared(decoder: Decoder, place: Placing, file: RemoteFile) -> Read:
+    """All that is done with a file before it is written."""
+    try:
+        return file, place(decoder.decode(file))
+    except (ValueError, OSError) as error:
+        code = error.code if isinstance(error, Refusal) else Code.DAMAGED
+        return file, Refused(file, code, str(error))
+
+
+@lru_cache(maxsize=1)
+def _decoder(source: bytes) -> Decoder:
+    """Of a worker process, as long as it lives."""
+    return Decoder(pickle.loads(source))
+
+
+def _prepared_by_worker(source: bytes, place: Placing, file: RemoteFile) -> Read:
+    return _prepared(_decoder(source), place, file)
 
 
 def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
@@ -187,26 +510,19 @@ def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
         yield part
 
 
-def _files(source: Source, start: str | datetime | None, end: str | datetime | None) -> list[RemoteFile]:
+def _files(decoder: Decoder, start: datetime | None, end: datetime | None) -> list[RemoteFile]:
     """What the source has between two times.
 
     Raises:
         ValueError: if that is nothing.
     """
-    first = None if start is None else parse_time(start)
-    last = None if end is None else parse_time(end)
-    files = list(source.files(first, last))
+    files = decoder.files(start, end)
     if not files:
-        every = list(source.files(None, None))
-        has = f"it has {every[0].valid_time} to {every[-1].valid_time}" if every else "it has none at all"
+        times = [file.valid_time for file in decoder.files(None, None) if file.valid_time]
+        has = f"it has {_shown(min(times))} to {_shown(max(times))}" if times else "it has none at all"
         raise ValueError(f"the source has no files within start={start}, end={end}; {has}")
     return files
 
 
-def _observed(path: str) -> set[datetime]:
-    """The valid times whose frames a cube has; none where there is no cube yet."""
-    try:
-        cube = Cube.open(path)
-    except ValueError:
-        return set()
-    return {time for time, observed in zip(cube.times, cube.observed, strict=True) if observed}
+def _shown(time: datetime) -> str:
+    return f"{time:%Y-%m-%dT%H:%M:%SZ}"

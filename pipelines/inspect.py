@@ -4,6 +4,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import xarray as xr
 import zarr
 from pyproj import CRS
 
-from pipelines.cube import GROUP, Cube
+from pipelines.cube import STATIC, Cube, groups
 from pipelines.grid import Grid
 from pipelines.pictures import Panel, draw
 from pipelines.progress import track
+from pipelines.quality import CellFlag, FrameFlag
 from pipelines.repository import Repository
 from pipelines.runs import ForecastStore, RunHeader
+from pipelines.static import StaticFields
 
 WET = 0.1  # mm/h
 LOOKED_AT = 24  # frames of a cube, evenly spread: a look, not an audit
@@ -44,26 +47,58 @@ class Inspection:
         return "\n".join([self.path, *(_paragraph(label, text) for label, text in facts)])
 
 
-def inspect(path: str, picture: str | None = "inspect.png") -> Inspection:
+def inspect(
+    path: str, picture: str | None = "inspect.png", group: str | None = None, history: int = 5
+) -> Inspection:
     """Looks at a cube or a forecast store, and draws it.
 
     Args:
         path: a local folder or URL.
         picture: the PNG file to draw; None for none.
+        group: the group of frames of a cube to draw; None: the first.
+        history: how many commits to list, the newest first.
 
     Raises:
         ValueError: if neither is there, saying what is there instead.
     """
     repository = Repository.open(path)
-    root = zarr.open_group(repository.reader(repository.snapshot), mode="r", zarr_format=3)
-    if GROUP in root:
-        cube = Cube.open(path)
-        facts, drawn = list(_cube(cube)), picture is not None and _draw_cube(cube, Path(picture))
+    names = groups(repository, repository.snapshot)
+    static = _has_static(repository)
+    facts: list[Fact] = []
+    drawn = False
+    if names or static:
+        if group is not None and group not in names:
+            raise ValueError(f"{path}: no group {group!r} of frames; it has {', '.join(names) or 'none'}")
+        for name in names:
+            cube = Cube.open(path, name)
+            facts += [("group", name)] if len(names) > 1 or static else []
+            facts += _cube(cube)
+            if picture is not None and not drawn and name == (group or names[0]):
+                drawn = _draw_cube(cube, Path(picture))
+        if static:
+            fields = StaticFields.open(path)
+            facts += _static(fields)
+            drawn = drawn or (picture is not None and _draw_static(fields, Path(picture)))
     else:
         store = ForecastStore.open(path)
-        facts, drawn = list(_forecasts(store)), picture is not None and _draw_run(store, Path(picture))
-    facts += [("size", _size(path)), ("history", _history(repository))]
+        facts += _forecasts(store)
+        drawn = picture is not None and _draw_run(store, Path(picture))
+    facts += [("size", _size(path)), ("history", _history(repository, history))]
     return Inspection(path, tuple(facts), picture if drawn else None)
+
+
+def _has_static(repository: Repository) -> bool:
+    root = zarr.open_group(repository.reader(repository.snapshot), mode="r", zarr_format=3)
+    return STATIC in root
+
+
+def _static(fields: StaticFields) -> Iterator[Fact]:
+    for name, variable in fields.variables.items():
+        values = fields.field(name)
+        known = values[~np.isnan(values)]
+        told = f"{known.min():g} to {known.max():g} {variable.units}" if known.size else "nothing known"
+        share = known.size / values.size
+        yield "static", f"{name}, {variable.long_name}: {told}, {share:.1%} known; {fields.source(name)}"
 
 
 def _cube(cube: Cube) -> Iterator[Fact]:
@@ -77,19 +112,27 @@ def _cube(cube: Cube) -> Iterator[Fact]:
     minutes = cube.cadence.total_seconds() / 60
     yield "frames", f"{int(observed.sum())} of {len(times)} steps of {minutes:g} min, {span}"
     yield "gaps", _gaps(cube)
+    yield "arrived", _arrivals(cube)
+    yield "flagged", _flagged_frames(cube)
     there = np.flatnonzero(observed)
     chosen = np.unique(there[np.linspace(0, len(there) - 1, min(LOOKED_AT, len(there))).round().astype(int)])
     seen = wet = cells = 0
+    suspect = dict.fromkeys(CellFlag, 0)
     most, most_time = 0.0, times[int(chosen[0])]
     for index in track(chosen, "looking", len(chosen)):
         field = cube.block(times[index], 1)[0]
         known = ~np.isnan(field)
         cells, seen = cells + field.size, seen + int(known.sum())
         wet += int((field >= WET).sum())
+        quality = cube.quality(times[index])
+        for flag in suspect:
+            suspect[flag] += int((quality & flag > 0).sum())
         if known.any() and field[known].max() > most:
             most, most_time = float(field[known].max()), times[index]
     of = f"in {len(chosen)} frames looked at"
     yield "observed", f"{seen / cells:.1%} of the cells, {of}"
+    counts = (f"{count} cells of {str(flag.name).lower()}" for flag, count in suspect.items())
+    yield "suspect", f"{', '.join(counts)}, {of}"
     if not seen:
         yield "rain", "unknown: no cell was observed"
         return
@@ -144,7 +187,7 @@ def _grid(grid: Grid) -> Iterator[Fact]:
         "grid",
         (
             f"{grid.y_size} rows x {grid.x_size} columns of {step} {unit} ({grid.cell_size / 1000:.2f} km), "
-            f"{crs.name if crs.name != 'unknown' else crs.coordinate_operation or 'a CRS without a name'}"
+            f"{_name(crs)}"
         ),
     )
     corners = [(0, 0), (0, grid.x_size - 1), (grid.y_size - 1, grid.x_size - 1), (grid.y_size - 1, 0)]
@@ -154,6 +197,12 @@ def _grid(grid: Grid) -> Iterator[Fact]:
         north, east = "N" if lat >= 0 else "S", "E" if lon >= 0 else "W"
         told.append(f"{name} {abs(lat):.3f}{north} {abs(lon):.3f}{east}")
     yield "corners", "; ".join(told)
+
+
+def _name(crs: CRS) -> str:
+    if crs.name != "unknown":
+        return str(crs.name)
+    return str(crs.coordinate_operation.method_name) if crs.coordinate_operation else "a CRS without a name"
 
 
 def _gaps(cube: Cube) -> str:
@@ -171,6 +220,40 @@ def _gaps(cube: Cube) -> str:
     return f"{len(gaps)}: {', '.join(gaps[:SHOWN])}{more}"
 
 
+def _arrivals(cube: Cube) -> str:
+    """When the frames were written, how long after their valid time, and by what software."""
+    arrived = [
+        (arrival, arrival - time)
+        for time, arrival in zip(cube.times, cube.arrivals, strict=True)
+        if arrival is not None
+    ]
+    delays = sorted(delay for _, delay in arrived)
+    newest = max(arrival for arrival, _ in arrived)
+    by = Counter(decoder for decoder in cube.decoders if decoder)
+    readers = ", ".join(f"{name} ({count})" for name, count in by.items())
+    return (
+        f"the last at {newest:{TIME}} UTC; {_told(delays[len(delays) // 2])} after the valid time "
+        f"in the middle, {_told(delays[-1])} at most; read by {readers}"
+    )
+
+
+def _told(delay: timedelta) -> str:
+    return f"{delay.days} days" if delay.days > 1 else f"{delay.total_seconds() / 60:.0f} min"
+
+
+def _flagged_frames(cube: Cube) -> str:
+    """The steps whose frames as a whole look wrong."""
+    flags = cube.flags
+    told = []
+    for flag in FrameFlag:
+        steps = np.flatnonzero(flags & flag)
+        if steps.size:
+            shown = ", ".join(f"{cube.times[int(step)]:{TIME}}" for step in steps[:SHOWN])
+            more = ", ..." if steps.size > SHOWN else ""
+            told.append(f"{steps.size} {str(flag.name).lower()} ({shown}{more})")
+    return "; ".join(told) or "none"
+
+
 def _size(path: str) -> str:
     """Bytes on a local disk."""
     if not Path(path).is_dir():
@@ -179,9 +262,9 @@ def _size(path: str) -> str:
     return f"{sum(files) / 1e6:.1f} MB in {len(files)} files"
 
 
-def _history(repository: Repository) -> str:
+def _history(repository: Repository, count: int) -> str:
     """The newest commits."""
-    commits = repository.history(SHOWN)
+    commits = repository.history(count)
     return "\n".join(f"{when:{TIME}}  {snapshot}  {message}" for when, message, snapshot in commits)
 
 
@@ -192,7 +275,14 @@ def _draw_cube(cube: Cube, path: Path) -> bool:
         return False
     time = cube.times[int(there[-1])]
     title = f"{cube.variable.long_name}, {time:{TIME}} UTC"
-    draw(path, title, cube.grid, [[Panel("", cube.block(time, 1)[0])]])
+    draw(path, title, cube.grid, [[Panel("", cube.block(time, 1)[0], variable=cube.variable)]])
+    return True
+
+
+def _draw_static(fields: StaticFields, path: Path) -> bool:
+    """The first of the fields."""
+    name, variable = next(iter(fields.variables.items()))
+    draw(path, variable.long_name, fields.grid, [[Panel("", fields.field(name), variable=variable)]])
     return True
 
 

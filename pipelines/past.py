@@ -6,10 +6,10 @@ from datetime import datetime
 import torch
 
 from metnet.batch import Batch
-from pipelines.cube import Cube
+from pipelines.observations import Observations
 
 
-def past(cube: Cube, init_time: datetime, frames: int, lead_times: Sequence[float]) -> Batch:
+def past(cube: Observations, init_time: datetime, frames: int, lead_times: Sequence[float]) -> Batch:
     """One sample of the whole grid: the `frames` newest frames up to `init_time`, and no target.
 
     Frames that are missing, or before the cube begins, are NaN. `lead_times` are in minutes.

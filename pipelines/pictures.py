@@ -1,18 +1,21 @@
-"""Pictures of rain: a field, or a row of fields, on its grid with parallels and meridians (PNG)."""
+"""Pictures: a field, or a row of fields, on its grid with parallels and meridians (PNG)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from pipelines.cf import RAINFALL_RATE, Variable
 from pipelines.grid import Grid
 from pipelines.palette import MISSING_COLOUR, RAIN_LEVELS, rain_colours
 
@@ -31,16 +34,30 @@ CHANCE_COLOURS = (
     "#4a2a83",
     "#3d0f57",
 )
+NO_ECHO = -20.0  # dBZ; services write "no echo" as numbers far below the others
+RAINY_UNITS = {"mm h-1": "mm/h", "mm": "mm"}  # drawn in the colours of rain
 Field = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One field with its title; a rain rate in mm/h, or a probability within 0..1."""
+    """One field with its title, in the units of its quantity; or a probability within 0..1."""
 
     title: str
     field: Field
     probability: bool = False
+    variable: Variable = RAINFALL_RATE
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the colours of a row of panels mean."""
+
+    colours: Colormap
+    norm: Normalize
+    ticks: Sequence[float] | None  # None: where matplotlib puts them
+    labels: Sequence[str] | None
+    meaning: str
 
 
 def draw(path: Path, title: str, grid: Grid, rows: Sequence[Sequence[Panel]]) -> None:
@@ -51,11 +68,12 @@ def draw(path: Path, title: str, grid: Grid, rows: Sequence[Sequence[Panel]]) ->
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     axes = figure.subplots(len(rows), count, squeeze=False, sharex=True, sharey=True)
     for line, row in zip(axes, rows, strict=True):
+        scale = _scale(row)
         for panel, place in zip(row, line, strict=False):
-            _draw(place, grid, panel)
+            _draw(place, grid, panel, scale)
         for place in line[len(row) :]:
             place.set_visible(False)
-        _scale(figure, list(line[: len(row)]), row[0].probability)
+        _show_scale(figure, list(line[: len(row)]), scale)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -79,17 +97,16 @@ def _stretch(grid: Grid) -> float:
     return 1 / max(0.1, float(np.cos(np.radians(middle))))
 
 
-def _draw(axes: Axes, grid: Grid, panel: Panel) -> None:
+def _draw(axes: Axes, grid: Grid, panel: Panel, scale: Scale) -> None:
     """The field, and where north of it the parallels and meridians run."""
     step = -(-max(grid.shape) // SIDE)
     unit = 1.0 if grid.is_geographic else 1e-3  # degrees, or km from m
     west, north = grid.x_first - grid.x_step / 2, grid.y_first - grid.y_step / 2
     east, south = west + grid.x_step * grid.x_size, north + grid.y_step * grid.y_size
-    colours, norm = _colours(panel.probability)
     axes.imshow(
         panel.field[::step, ::step],
-        cmap=colours,
-        norm=norm,
+        cmap=scale.colours,
+        norm=scale.norm,
         extent=(west * unit, east * unit, south * unit, north * unit),
         interpolation="nearest",
     )
@@ -126,20 +143,49 @@ def _places(size: int, step: int) -> NDArray[np.intp]:
     return np.unique(np.append(np.arange(0, size, step), size - 1))
 
 
-def _colours(probability: bool) -> tuple[Colormap, BoundaryNorm]:
-    if not probability:
-        return rain_colours()
-    colours = ListedColormap(list(CHANCE_COLOURS), name="probability").with_extremes(bad=MISSING_COLOUR)
-    return colours, BoundaryNorm([*CHANCES, 1.0001], len(CHANCE_COLOURS))
+def _scale(row: Sequence[Panel]) -> Scale:
+    """The colours that all panels of a row share."""
+    variable = row[0].variable
+    if row[0].probability:
+        colours = ListedColormap(list(CHANCE_COLOURS), name="probability").with_extremes(bad=MISSING_COLOUR)
+        norm = BoundaryNorm([*CHANCES, 1.0001], len(CHANCE_COLOURS))
+        labels = [f"{100 * chance:g}" for chance in CHANCES]
+        return Scale(colours, norm, CHANCES, labels, "probability, %; grey: no forecast")
+    if variable.classes:
+        return _scale_of_classes(variable)
+    if variable.units in RAINY_UNITS:
+        labels = [f"{level:g}" for level in RAIN_LEVELS]
+        return Scale(*rain_colours(), RAIN_LEVELS, labels, f"{RAINY_UNITS[variable.units]}; grey: unobserved")
+    known = np.concatenate([panel.field[~np.isnan(panel.field)] for panel in row])
+    if variable.units == "dBZ":
+        known = known[known > NO_ECHO]
+    low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad=MISSING_COLOUR)
+    spread = Normalize(float(low), float(high) if high > low else float(low) + 1.0)
+    return Scale(colours, spread, None, None, f"{variable.units}; grey: unobserved")
 
 
-def _scale(figure: Figure, axes: Sequence[Axes], probability: bool) -> None:
+def _scale_of_classes(variable: Variable) -> Scale:
+    """One colour for each class, with its meaning; nothing to see is white."""
+    values = [value for value, _ in variable.classes]
+    twenty = [matplotlib.colormaps["tab20"](place % 20) for place in range(len(values))]
+    colours = ListedColormap(
+        [(1.0, 1.0, 1.0, 1.0) if not value else twenty[i] for i, value in enumerate(values)]
+    )
+    between = [(low + high) / 2 for low, high in pairwise(values)]
+    norm = BoundaryNorm([values[0] - 0.5, *between, values[-1] + 0.5], len(values))
+    labels = [meaning.replace("_", " ") for _, meaning in variable.classes]
+    middles = [(low + high) / 2 for low, high in pairwise(norm.boundaries)]
+    shown = colours.with_extremes(bad=MISSING_COLOUR)
+    return Scale(shown, norm, middles, labels, "grey: unobserved")
+
+
+def _show_scale(figure: Figure, axes: Sequence[Axes], scale: Scale) -> None:
     """The scale of colours of a row of panels."""
-    colours, norm = _colours(probability)
-    drawn: Any = ScalarMappable(norm, colours)
-    ticks = CHANCES if probability else RAIN_LEVELS
-    bar = figure.colorbar(drawn, ax=axes, ticks=ticks, shrink=0.9, pad=0.01, spacing="uniform")
-    bar.ax.set_yticklabels([f"{100 * tick if probability else tick:g}" for tick in ticks], fontsize=8)
-    unit = "probability, %" if probability else "mm/h"
-    bar.set_label(f"{unit}; grey: {'no forecast' if probability else 'unobserved'}", fontsize=8)
+    drawn: Any = ScalarMappable(scale.norm, scale.colours)
+    bar = figure.colorbar(drawn, ax=axes, ticks=scale.ticks, shrink=0.9, pad=0.01, spacing="uniform")
+    bar.ax.tick_params(labelsize=8)
+    if scale.labels is not None:
+        bar.ax.set_yticklabels(list(scale.labels), fontsize=8)
+    bar.set_label(scale.meaning, fontsize=8)
     bar.outline.set_visible(False)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,33 @@ class Repository:
         newest = islice(self._repository.ancestry(branch=BRANCH), count)
         return [(commit.written_at, commit.message, commit.id) for commit in newest]
 
+    def rollback(self, snapshot: str) -> str:
+        """Makes an earlier snapshot the newest again; gives the name of the tag that keeps the later ones.
+
+        Raises:
+            ValueError: if it is no snapshot of the branch `main`, or is the newest already.
+        """
+        with self._told(), self._lock():
+            newest = self.snapshot
+            known = [commit.id for commit in self._repository.ancestry(branch=BRANCH)]
+            if snapshot not in known[1:]:
+                raise ValueError(
+                    f"{self.path}: {snapshot} is "
+                    + ("the newest snapshot already" if snapshot == newest else "no snapshot of its history")
+                    + "; metnet inspect lists the newest ones"
+                )
+            tag = f"before-rollback-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+            self._repository.create_tag(tag, snapshot_id=newest)
+            self._settle()
+            self._repository.reset_branch(BRANCH, snapshot, from_snapshot_id=newest)
+            self._settle()
+        return tag
+
+    def _settle(self) -> None:
+        """Returns when what was written cannot be lost any more."""
+        if not _is_remote(self.path):
+            _wait_for_disk(self.path)
+
     def reader(self, snapshot: str) -> icechunk.IcechunkStore:
         """The store as it was at a snapshot; later commits do not change it."""
         return self._repository.readonly_session(snapshot_id=snapshot).store
@@ -105,8 +132,8 @@ class Repository:
         for name in dataset.coords:  # CF-1.11 section 2.5.1: coordinates have no missing values
             dataset[name].encoding["_FillValue"] = None
         for array in dataset.data_vars.values():  # and a range has the type of its variable
-            if "valid_range" in array.attrs:
-                array.attrs["valid_range"] = np.asarray(array.attrs["valid_range"], array.dtype)
+            for name in {"valid_range", "flag_values", "flag_masks"} & set(array.attrs):
+                array.attrs[name] = np.asarray(array.attrs[name], array.dtype)
         return dataset
 
     def commit(self, message: str, edit: Callable[[icechunk.IcechunkStore], None]) -> str | None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metnet.batch import Batch
-from pipelines.cube import Cube
 from pipelines.motion import FRAMES, motion
+from pipelines.observations import Observations
 
 IN_MEMORY = 2**30  # bytes; a cube up to this size is read once and kept
 DRY_WEIGHT = 0.02  # of a place without rain, beside at most 1 for a place full of it
@@ -116,7 +116,7 @@ class Samples(Dataset[Batch]):
 
     def __init__(
         self,
-        cube: Cube,
+        cube: Observations,
         inits: NDArray[np.int64],
         span: Span,
         crop: int,
@@ -209,7 +209,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
     return replace(samples[0], **joined)
 
 
-def held(cube: Cube) -> Fields | None:
+def held(cube: Observations) -> Fields | None:
     """All fields (time, y, x) of a cube that is small enough to keep in memory, else None."""
     count = len(cube.times)
     if 4 * count * math.prod(cube.grid.shape) > IN_MEMORY:

@@ -22,8 +22,9 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save
 
 from metnet.model import MetNet
-from pipelines.cube import Cube
 from pipelines.frame import parse_time
+from pipelines.observations import Observations
+from pipelines.plain import open_cube
 from pipelines.samples import Samples, Span, split
 from pipelines.task import Learning, RadarData, Task
 from pipelines.trained import CARD, WEIGHTS, read_card
@@ -110,7 +111,7 @@ def train(
     finished = _finished(folder, config)
     if finished is not None:
         return finished
-    opened = Cube.open(cube)
+    opened = open_cube(cube)
     seed_everything(seed, verbose=False)
     network = model()
     span = Span.of(opened.cadence, network.frames, lead_times)
@@ -152,7 +153,7 @@ def _alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"run={folder}: another training is at work there; wait for it") from error
 
 
-def _between(cube: Cube, start: str | None, end: str | None) -> slice:
+def _between(cube: Observations, start: str | None, end: str | None) -> slice:
     """The steps of the cube's time axis within [start, end]."""
     low = parse_time(start) if start else cube.times[0]
     high = parse_time(end) if end else cube.times[-1]
@@ -298,7 +299,13 @@ def _made(
 
 
 def _finish(
-    folder: Path, config: Mapping[str, Any], cube: Cube, span: Span, crop: int, task: Task, fitted: Fitted
+    folder: Path,
+    config: Mapping[str, Any],
+    cube: Observations,
+    span: Span,
+    crop: int,
+    task: Task,
+    fitted: Fitted,
 ) -> Trained:
     """Writes weights, then card: a card is only ever beside its own weights.
 

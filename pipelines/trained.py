@@ -1,9 +1,8 @@
 """`TrainedModel`: a run folder's `model.safetensors` and `model.json`, opened without pickle and checked."""
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -18,6 +17,7 @@ from safetensors.torch import load
 from metnet.batch import Batch
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast, RainBins
+from pipelines.construct import construct
 from pipelines.motion import FRAMES, motion
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -111,57 +111,10 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     return card
 
 
-def construct(call: Any) -> Any:
-    """What a written-down call makes: a `_target_` of `metnet` with its arguments, or its `_partial_`.
-
-    Raises:
-        ValueError: for a target outside `metnet`, or one that refuses its arguments.
-    """
-    if isinstance(call, list):
-        return [construct(item) for item in call]
-    if not isinstance(call, Mapping):
-        return call
-    arguments = {
-        str(key): construct(value) for key, value in call.items() if key not in ("_target_", "_partial_")
-    }
-    if "_target_" not in call:
-        return arguments
-    target = _target(call["_target_"])
-    if call.get("_partial_", False):
-        return partial(target, **arguments)
-    try:
-        return target(**arguments)
-    except TypeError as error:
-        raise ValueError(f"_target_={call['_target_']}: {error}") from error
-
-
-def _target(name: Any) -> Callable[..., Any]:
-    """The class, function or class method with this dotted name, if `metnet` itself defines it."""
-    refused = ValueError(
-        f"_target_={name!r}: expected a class or function of this software's `metnet` package"
-    )
-    if not isinstance(name, str) or not name.startswith("metnet."):
-        raise refused
-    parts = name.split(".")
-    for cut in (len(parts) - 1, len(parts) - 2):  # module.Class, module.Class.method
-        try:
-            found: Any = importlib.import_module(".".join(parts[:cut]))
-        except ImportError:
-            continue
-        for part in parts[cut:]:
-            if part.startswith("_"):
-                raise refused
-            found = getattr(found, part, None)
-        if callable(found) and str(getattr(found, "__module__", "")).startswith("metnet."):
-            made: Callable[..., Any] = found
-            return made
-    raise refused
-
-
 def _built(folder: Path, card: Mapping[str, Any]) -> MetNet:
     """The network that the card describes, with fresh weights."""
     try:
-        made = construct(card["config"]["model"])
+        made = construct(card["config"]["model"], ("metnet.",))
         bins = RainBins(tuple(float(edge) for edge in card["bins"]["edges"]), float(card["bins"]["top"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CARD}: incomplete: {error}") from error

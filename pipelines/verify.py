@@ -17,11 +17,12 @@ from torch import Tensor
 from metnet.forecaster import Forecaster
 from metnet.rain import RainForecast, TabulatedForecast, tabulated
 from metnet.scores.score import Score
-from pipelines.cube import Cube
 from pipelines.figures import Case, thinned
 from pipelines.frame import parse_time
 from pipelines.grid import Grid
+from pipelines.observations import Observations
 from pipelines.past import past
+from pipelines.plain import open_cube
 from pipelines.progress import track
 from pipelines.report import Provenance, Report, spread, text_table
 from pipelines.report_page import write
@@ -83,7 +84,7 @@ def verify(
         raise ValueError(
             f"reference={reference}: expected one of the baselines {', '.join(baselines) or '(none)'}"
         )
-    observations, store = Cube.open(cube), ForecastStore.open(forecasts)
+    observations, store = open_cube(cube), ForecastStore.open(forecasts)
     past = _Past(observations, baselines)
     names = _chosen(store, start, end)
     tallies: list[_Tally] = []
@@ -112,7 +113,7 @@ class _NothingToCountError(Exception):
 class _Past:
     """The observations, and those who forecast from them."""
 
-    cube: Cube
+    cube: Observations
     baselines: Mapping[str, Forecaster]
 
     @cached_property
@@ -267,7 +268,7 @@ def _chosen(store: ForecastStore, start: str | None, end: str | None) -> list[st
     return names
 
 
-def _nothing(cube: Cube, forecasts: str, skipped: Mapping[str, str]) -> str:
+def _nothing(cube: Observations, forecasts: str, skipped: Mapping[str, str]) -> str:
     """Why not a single run could be verified."""
     reasons = Counter(skipped.values())
     told = "; ".join(f"{reason} ({count} runs)" for reason, count in reasons.most_common())
@@ -279,7 +280,7 @@ def _nothing(cube: Cube, forecasts: str, skipped: Mapping[str, str]) -> str:
     )
 
 
-def _provenance(cube: Cube, store: ForecastStore, headers: Sequence[RunHeader]) -> Provenance:
+def _provenance(cube: Observations, store: ForecastStore, headers: Sequence[RunHeader]) -> Provenance:
     """Which data and which model the numbers are about."""
     attributes: dict[str, list[str]] = {}
     for header in headers:

@@ -9,7 +9,8 @@ from hydra.utils import get_method, get_object, instantiate
 import cli
 
 GROUPS = ("attention", "baseline", "grid", "model", "source", "trunk")
-NEEDS_PATH = {"cf", "mrms", "from_path"}
+SOURCES = cli.CONFIGS / "source"
+NEEDS_PATH = {path.stem for path in SOURCES.glob("*.yaml") if "path: ???" in path.read_text()} | {"from_path"}
 
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "demo"])

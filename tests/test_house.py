@@ -20,11 +20,30 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
     name: floor
     for floor, names in enumerate(
         (
-            ("version", "progress", "palette", "grid", "cf", "repository", "motion"),
-            ("frame", "coordinates", "pictures"),
-            ("sources.source", "cube", "runs"),
+            (
+                "version",
+                "progress",
+                "palette",
+                "grid",
+                "cf",
+                "repository",
+                "motion",
+                "spread",
+                "manifest",
+                "construct",
+                "refusal",
+                "checksums",
+                "sandbox",
+                "formats",
+                "feeds",
+            ),
+            ("formats.hdf5", "frame", "coordinates", "pictures", "formats.georeference", "feeds.web"),
+            ("formats.arrays", "observations", "sources.source", "quality"),
+            ("formats.axes", "formats.packing", "feeds.places", "reader", "cube", "runs"),
             (
                 "sources",
+                "static",
+                "feeds.feed",
                 "regrid",
                 "decode",
                 "baselines",
@@ -35,9 +54,9 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "trained",
                 "skill",
             ),
-            ("task", "figures", "report"),
+            ("task", "figures", "report", "plain"),
             ("report_page",),
-            ("ingest", "train", "forecast", "verify", "inspect"),
+            ("ingest", "train", "forecast", "verify", "inspect", "rollback", "replay"),
         )
     )
     for name in names

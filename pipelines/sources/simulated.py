@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import cv2
@@ -82,15 +81,15 @@ class Simulated:
                 continue
             yield RemoteFile(f"simulated:{self.seed}:{time:%Y%m%dT%H%M%SZ}", time)
 
-    def read(self, path: Path) -> Frame:
+    def read(self, file: RemoteFile) -> Frame:
         """The rain rate (mm/h) that `files` named so; NaN beyond the radar's range and in a lost sector.
 
         Raises:
             ValueError: for another name than `files` gives.
         """
-        name = re.fullmatch(rf"simulated:{self.seed}:(\d{{8}}T\d{{6}}Z)", path.name)
+        name = re.fullmatch(rf"simulated:{self.seed}:(\d{{8}}T\d{{6}}Z)", file.url)
         if name is None:
-            raise ValueError(f"{path.name}: expected a name such as simulated:{self.seed}:20200601T000000Z")
+            raise ValueError(f"{file.url}: expected a name such as simulated:{self.seed}:20200601T000000Z")
         time = parse_time(name[1])
         rate = np.round(rain_rate(self.seed, self.size, (time - EPOCH) / timedelta(hours=1)), 1)
         values = np.where(self._observed(time), rate, np.nan).astype(np.float32)

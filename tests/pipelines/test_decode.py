@@ -1,21 +1,37 @@
 """`Decoder`: whatever a file does to its reader, this process gets a frame or a reason."""
 
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.decode import Decoder, Limits, decode
+from pipelines import decode as decoding
+from pipelines import sandbox
+from pipelines.decode import Decoder, decode
+from pipelines.grid import Grid
+from pipelines.reader import Limits, Readers
+from pipelines.refusal import Code, Refusal
 from pipelines.sources.simulated import Simulated
 from pipelines.sources.source import RemoteFile, Source
 
 MIDNIGHT = datetime(2020, 6, 1, tzinfo=UTC)
+GRID = Grid("EPSG:3035", 0.0, 1000.0, 4, 0.0, -1000.0, 3)
 
-# A source whose reader does what stands in the file.
+landlock = pytest.mark.skipif(
+    sandbox.landlock_version() == 0, reason="this kernel has no Landlock: files cannot be closed to a process"
+)
+
+# A source whose reader does what stands in the file: a word, and what to do it with.
 ACTOR = """
-import ctypes, os, time
+import contextlib, ctypes, hashlib, os, socket, time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,21 +40,31 @@ from typing import ClassVar
 import numpy as np
 
 from pipelines.cf import RAINFALL_RATE
-from pipelines.frame import Frame
+from pipelines.frame import ALWAYS, Frame
 from pipelines.grid import Grid
+from pipelines.sources.source import RemoteFile
 
 
 @dataclass(frozen=True)
 class Actor:
+    path: str | None = None
+    beside: bool = False
     trusted: ClassVar[bool] = False
 
-    def read(self, path):
-        play = path.read_text()
+    def files(self, start, end):
+        for path in sorted(Path(self.path).glob("*.txt")):
+            yield RemoteFile(path.read_text(), start)
+
+    def read(self, file):
+        path = Path(file.url)
+        play, _, subject = path.read_text().partition(" ")
         if play == "crash":
             ctypes.string_at(0)
         if play == "abort":
             print("double free or corruption", flush=True)
             os.abort()
+        if play == "leave":
+            os._exit(3)
         if play == "hang":
             time.sleep(60)
         if play == "spin":
@@ -46,22 +72,53 @@ class Actor:
                 pass
         if play == "exhaust":
             np.ones(2**34, np.uint8)
-        if play == "fill the disk":
-            with open(path.with_suffix(".big"), "wb") as file:
-                file.write(bytes(3 * 2**20))
+        if play == "shout":
+            print("x" * 3 * 2**20, flush=True)
         if play == "stumble":
             {}["data1"]
         if play == "refuse":
-            raise ValueError(f"{path.name}: not mine")
-        values = np.full((3, 4), os.getpid() if play == "pid" else 7.5, np.float32)
+            raise ValueError(f"{path.name}: {subject}")
+        if play == "open":
+            Path(subject).read_bytes()
+        if play == "write":
+            Path(subject).write_text("something")
+        if play == "connect":
+            socket.create_connection(("127.0.0.1", int(subject)), timeout=5)
+        if play == "fork":
+            os.fork()
+        values = np.full((3, 4), 7.5, np.float32)
+        if play in ("dribble", "nest", "boast"):
+            message = {"dribble": b"", "nest": b"[" * 200_000, "boast": b""}[play]
+            length = {"dribble": 9, "nest": len(message), "boast": 2**50}[play]
+            for descriptor in range(3, 30):
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, length.to_bytes(8, "little") + message)
+            time.sleep(60)
+        if play == "tell":
+            values[0, 0] = {"pid": os.getpid() % 1000, "keys": "AWS_SECRET_ACCESS_KEY" in os.environ}[subject]
+        if play == "fill":
+            values[:] = float(subject)
+        else:
+            values[0, 1] = 0
         values[1, 2] = np.nan
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         time_ = datetime(2020, 6, 1, tzinfo=UTC)
+        if play == "foresee":
+            time_ = datetime.now(UTC) + timedelta(hours=2)
+        cadence = timedelta(minutes=5)
+        if play == "stand":
+            time_, cadence = ALWAYS, None
+            values[:] = float(subject)
         grid = Grid("EPSG:3035", 0.0, 1000.0, 4, 0.0, -1000.0, 3)
-        if play == "pid":
-            values = values % 1000
-        frame = Frame(RAINFALL_RATE, time_, timedelta(minutes=5), grid, values, "actor", "ab" * 32)
+        frame = Frame(RAINFALL_RATE, time_, cadence, grid, values, "actor", sha256)
         if play == "lie":
             values[0, 0] = -99
+        if play == "swap":
+            object.__setattr__(frame, "sha256", "ab" * 32)
+        if play == "inflate":
+            object.__setattr__(grid, "x_size", 2**40)
+        if play == "babble":
+            object.__setattr__(frame, "grid", None)
         return frame
 """
 
@@ -77,80 +134,316 @@ def actor(tmp_path, monkeypatch) -> Source:
 
 
 @pytest.fixture
-def play(tmp_path):
+def play(tmp_path) -> Callable[[str], RemoteFile]:
     def write(text: str) -> RemoteFile:
-        path = tmp_path / f"{text.replace(' ', '_')}.txt"
+        path = tmp_path / "plays" / f"{text.split()[0]}.txt"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        return RemoteFile(str(path), MIDNIGHT)
+        return RemoteFile(str(path), None)
 
     return write
 
 
 def test_a_frame_comes_back_whole(actor, play):
     file = play("well")
-    got, read = decode(actor, file), actor.read(Path(file.url))
+    got, read = decode(actor, file), actor.read(file)
     assert np.array_equal(got.values, read.values, equal_nan=True)
-    for field in ("variable", "valid_time", "cadence", "grid", "source", "sha256"):
+    assert got.values.flags.writeable
+    for field in ("variable", "valid_time", "cadence", "grid", "source", "sha256", "group"):
         assert getattr(got, field) == getattr(read, field)
 
 
+FATES = {
+    "crash": (Code.CRASHED, "crashed: its process was killed by signal 11"),
+    "abort": (Code.CRASHED, "killed by signal 6 .double free or corruption"),
+    "leave": (Code.CRASHED, "ended with code 3"),
+    "exhaust": (Code.MEMORY, "too large to read"),
+    "shout": (Code.DAMAGED, "File too large"),
+    "stumble": (Code.DAMAGED, "KeyError: 'data1'"),
+    "refuse not mine": (Code.DAMAGED, "not mine"),
+    "refuse 3 of 9 values of rainfall_rate lie outside 0..1": (Code.OUT_OF_RANGE, "lie outside"),
+    "refuse a gzip file that ends too early": (Code.TRUNCATED, "ends too early"),
+    "refuse larger than 9 bytes": (Code.TOO_LARGE, "larger than"),
+    "lie": (Code.OUT_OF_RANGE, "no valid frame: 1 of 12 values of rainfall_rate lie outside"),
+    "babble": (Code.DAMAGED, "TypeError"),
+    "inflate": (Code.INVALID, "no valid frame: 3 x 1099511627776 cells"),
+    "swap": (Code.INVALID, "names the sha256 abab"),
+    "foresee": (Code.FUTURE, "yet to come"),
+    "fill 7.5": (Code.ALL_EQUAL, "all of its 11 observed cells are 7.5 mm h-1"),
+    "fill nan": (Code.UNOBSERVED, "not one of its 12 cells was observed"),
+}
+
+
 def test_every_misfortune_becomes_a_reason_with_the_file_and_the_next_file_is_read(actor, play):
-    fates = {
-        "crash": "crashed: its process was killed by signal 11",
-        "abort": "killed by signal 6 .double free or corruption",
-        "exhaust": "too large to read",
-        "fill the disk": "signal 25|File too large",
-        "stumble": "KeyError: 'data1'",
-        "refuse": "not mine",
-        "lie": "no valid frame: 1 of 12 values of rainfall_rate lie outside",
-    }
     with Decoder(actor, Limits(memory=4 * 2**30)) as decoder:
-        for text, reason in fates.items():
+        for text, (code, reason) in FATES.items():
             file = play(text)
-            with pytest.raises((ValueError, OSError), match=reason) as caught:
+            with pytest.raises(Refusal, match=rf"(?s)^{Path(file.url).name}: .*({reason})") as caught:
                 decoder.decode(file)
-            assert text == "fill the disk" or Path(file.url).name in str(caught.value)
+            assert caught.value.code == code, text
         assert decoder.decode(play("well")).values[0, 0] == 7.5
 
 
 @pytest.mark.parametrize("text", ["hang", "spin"])
 def test_a_reader_that_takes_too_long_is_given_up(actor, play, text):
-    with (
-        Decoder(actor, Limits(seconds=1.5)) as decoder,
-        pytest.raises(ValueError, match=rf"{text}.txt: reading it (took more than 1.5 s|crashed.*signal 24)"),
-    ):
-        decoder.decode(play(text))
+    with Decoder(actor, Limits(seconds=1)) as decoder:
+        reason = rf"^{text}.txt: reading it (took more than 1 s|crashed.*signal 24)"
+        with pytest.raises(Refusal, match=reason) as caught:
+            decoder.decode(play(text))
+        assert caught.value.code == Code.TIMEOUT
+        assert decoder.decode(play("well")).values[0, 0] == 7.5
 
 
-def test_one_child_reads_many_files_and_then_a_fresh_one_takes_over(actor, play):
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("dribble", Code.TIMEOUT), ("nest", Code.INVALID), ("boast", Code.INVALID)],
+)
+def test_a_reader_that_was_taken_over_neither_hangs_nor_upsets_this_process(actor, play, text, code):
+    with Decoder(actor, Limits(seconds=1)) as decoder:
+        with pytest.raises(Refusal, match=f"^{text}.txt") as caught:
+            decoder.decode(play(text))
+        assert caught.value.code == code
+        assert decoder.decode(play("well")).values[0, 0] == 7.5
+
+
+@landlock
+@pytest.mark.parametrize(
+    "text",
+    ["open /etc/passwd", "open {there}/sibling.txt", "open /proc/self/environ", "write {there}/new.txt"],
+)
+def test_a_reader_can_open_no_file_but_its_own(actor, play, tmp_path, text):
+    secret = play("well")
+    Path(secret.url).rename(tmp_path / "plays" / "sibling.txt")
+    with pytest.raises(Refusal, match="Permission") as caught:
+        decode(actor, play(text.format(there=tmp_path / "plays")))
+    assert caught.value.code == Code.FORBIDDEN
+    assert not (tmp_path / "plays" / "new.txt").exists()
+
+
+@landlock
+@pytest.mark.parametrize("text", ["connect 9", "fork"])
+def test_a_reader_connects_to_nothing_and_starts_nothing(actor, play, text):
+    with pytest.raises(Refusal, match="Operation not permitted") as caught:
+        decode(actor, play(text))
+    assert caught.value.code == Code.FORBIDDEN
+
+
+@landlock
+def test_only_a_source_that_says_so_reads_what_lies_beside_its_file(actor, play, tmp_path):
+    neighbour = play("well")
+    source = type(actor)(path=str(tmp_path / "plays"), beside=True)
+    assert decode(source, play(f"open {neighbour.url}")).values[0, 0] == 7.5
+    with pytest.raises(Refusal, match="Permission"):
+        decode(source, play("open /etc/passwd"))
+
+
+def test_a_reader_inherits_no_keys(actor, play, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert decode(actor, play("tell keys")).values[0, 0] == 0
+
+
+def test_without_landlock_it_says_once_that_readers_are_less_confined(actor, play, monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "landlock_version", lambda: 0)
+    decoding._warn_of_open_files.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            decode(actor, play("well"))
+    assert [record.message for record in caplog.records] == [
+        "this system has no Landlock: what reads a file from outside can open other files as well"
+    ]
+    decoding._warn_of_open_files.cache_clear()
+
+
+def test_a_reader_reads_some_files_and_no_further_one_after_a_refusal(actor, play):
     with Decoder(actor, Limits(files=2)) as decoder:
-        pids = [float(decoder.decode(play("pid")).values[0, 0]) for _ in range(4)]
-    assert pids[0] == pids[1] != pids[2] == pids[3]
+
+        def pid() -> float:
+            return float(decoder.decode(play("tell pid")).values[0, 0])
+
+        first, second, third = pid(), pid(), pid()
+        assert first == second != third
+        with pytest.raises(Refusal):
+            decoder.decode(play("refuse it"))
+        assert pid() != third
 
 
 def test_a_frame_of_another_time_than_the_name_says_is_refused(actor, play):
     file = RemoteFile(play("well").url, MIDNIGHT.replace(hour=3))
-    with pytest.raises(
-        ValueError, match=r"well.txt: .* 2020-06-01T00:00:00Z, but its name says 2020-06-01T03"
-    ):
+    expected = r"well.txt: .* 2020-06-01T00:00:00Z, but its name says 2020-06-01T03"
+    with pytest.raises(Refusal, match=expected) as caught:
         decode(actor, file)
+    assert caught.value.code == Code.WRONG_TIME
 
 
-def test_a_missing_file_is_an_os_error(actor):
-    with pytest.raises(OSError, match=r"No such file.*gone.txt"):
-        decode(actor, RemoteFile("gone.txt", MIDNIGHT))
+def test_a_frame_on_other_cells_than_the_registered_ones_is_refused(actor, play):
+    other = Grid("EPSG:3035", 0.0, 1000.0, 4, 0.5, -1000.0, 3)
+    with Decoder(actor, grid=GRID) as decoder:
+        assert decoder.decode(play("well")).grid == GRID
+    with Decoder(actor, grid=other) as decoder, pytest.raises(Refusal, match="expected") as caught:
+        decoder.decode(play("well"))
+    assert caught.value.code == Code.WRONG_GRID
 
 
-def test_a_trusted_source_needs_no_child():
+def test_a_dry_field_is_no_alarm_and_what_never_changes_may_be_the_same_everywhere(actor, play):
+    assert decode(actor, play("fill 0")).values[0, 0] == 0
+    assert decode(actor, play("stand 1")).values[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda path: None, Code.UNREADABLE),
+        (lambda path: path.symlink_to("/etc/passwd"), Code.UNSAFE_NAME),
+        (os.mkfifo, Code.UNREADABLE),
+        (lambda path: path.write_bytes(bytes(2000)), Code.TOO_LARGE),
+    ],
+    ids=["missing", "link", "pipe", "large"],
+)
+def test_what_is_no_plain_file_of_a_sensible_size_is_not_even_opened(actor, tmp_path, make, code):
+    path = tmp_path / "it.txt"
+    make(path)
+    with Decoder(actor, Limits(size=1000)) as decoder:
+        with pytest.raises(Refusal, match=r"it\.txt") as caught:
+            decoder.decode(RemoteFile(str(path), None))
+        assert caught.value.code == code
+        assert decoder._readers is None
+
+
+@pytest.mark.parametrize("name", ["a b.txt", "a\nb.txt", "a;b.txt", "é.txt", "x" * 201, "a\0b"])
+def test_unsafe_names_are_refused(actor, tmp_path, name):
+    with pytest.raises(Refusal) as caught:
+        decode(actor, RemoteFile(str(tmp_path / name), None))
+    assert caught.value.code == Code.UNSAFE_NAME
+
+
+def test_a_file_that_the_user_names_may_be_called_anything(actor, tmp_path):
+    path = tmp_path / "my radar.txt"
+    path.write_text("well")
+    assert decode(type(actor)(path=str(path)), RemoteFile(str(path), None)).values[0, 0] == 7.5
+
+
+def test_a_list_that_leads_out_of_the_sources_folder_is_refused(actor, play, tmp_path):
+    inside = play("well")
+    source = type(actor)(path=str(tmp_path / "plays"))
+    Path(inside.url).write_text(inside.url)
+    with Decoder(source) as decoder:
+        assert decoder.files(MIDNIGHT, None) == [RemoteFile(inside.url, MIDNIGHT)]
+        Path(inside.url).write_text(f"{tmp_path}/plays/../actor_source.py")
+        with pytest.raises(Refusal, match="not within"):
+            decoder.files(None, None)
+
+
+def test_listing_that_fails_is_a_reason_too(actor, tmp_path):
+    with (
+        Decoder(type(actor)(path=str(tmp_path / "gone"))) as decoder,
+        pytest.raises(Refusal, match="listing"),
+    ):
+        (tmp_path / "gone").mkdir()
+        (tmp_path / "gone" / "bad.txt").write_bytes(b"\xff\xfe\xff")
+        decoder.files(None, None)
+
+
+@pytest.mark.parametrize("name", ["{name}.sha256", "{name}.md5", "SHA256SUMS", "../MD5SUMS"])
+def test_a_file_that_is_not_what_its_provider_published_is_refused(actor, play, tmp_path, name):
+    file = play("well")
+    source = type(actor)(path=str(tmp_path))
+    path = Path(file.url)
+    place = path.parent / name.format(name=path.name)
+    algorithm = "md5" if "md5" in name.lower() else "sha256"
+    listed = path.relative_to(place.resolve().parent)
+    place.write_text(f"{hashlib.new(algorithm, b'well').hexdigest()}  {listed}\n")
+    assert decode(source, file).values[0, 0] == 7.5
+    path.write_text("wel1")
+    with pytest.raises(Refusal, match=rf"well.txt: its {algorithm} is \w+, but .* fetch it again") as caught:
+        decode(source, file)
+    assert caught.value.code == Code.CHECKSUM
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(actor, play, monkeypatch):
+    file = play("well")
+    read = Readers.frame
+
+    def meddling(self, given, readable):
+        with Path(file.url).open("a") as path:
+            path.write(" more")
+        return read(self, given, readable)
+
+    with Decoder(actor) as decoder:
+        for text in ("well", "refuse what is half of it"):
+            Path(file.url).write_text(text)
+            with monkeypatch.context() as patched, pytest.raises(Refusal, match="changed while") as caught:
+                patched.setattr(Readers, "frame", meddling)
+                decoder.decode(file)
+            assert caught.value.code == Code.CHANGED
+        Path(file.url).write_text("well more")
+        whole = decoder.decode(file)
+    assert whole.sha256 == hashlib.sha256(b"well more").hexdigest()
+
+
+def test_a_file_is_read_again_after_another_one_was_refused_unread(actor, play, tmp_path):
+    first, second = play("well"), play("fill 0")
+    Path(f"{second.url}.md5").write_text("0" * 32)
+    with Decoder(actor) as decoder:
+        for _ in range(2):
+            assert decoder.decode(first).values[0, 0] == 7.5
+            with pytest.raises(Refusal, match="fetch it again"):
+                decoder.decode(second)
+
+
+def test_a_large_file_is_read_where_it_lies(actor, play, monkeypatch):
+    monkeypatch.setattr(decoding, "COPIED", 3)
+    with Decoder(actor) as decoder:
+        assert decoder.decode(play("well")).sha256 == hashlib.sha256(b"well").hexdigest()
+        assert decoder._inbox is None
+        with pytest.raises(Refusal, match="not mine"):
+            decoder.decode(play("refuse not mine"))
+
+
+def test_a_trusted_source_needs_no_process():
     with Decoder(Simulated()) as decoder:
         frame = decoder.decode(next(Simulated().files(None, None)))
-        assert decoder._child is None
+        assert decoder._readers is None
     assert (frame.values > 0).any()
 
 
-def test_the_child_ends_with_the_decoder(actor, play):
+def test_what_a_trusted_source_refuses_has_a_code_too():
+    with pytest.raises(Refusal, match="expected a name such as") as caught:
+        decode(Simulated(), RemoteFile("simulated:2:20200601T000000Z", None))
+    assert caught.value.code == Code.DAMAGED
+
+
+def test_processes_and_copies_end_with_the_decoder(actor, play):
+    with Decoder(actor) as decoder:
+        pid = decoder._running().process.pid
+        decoder.decode(play("well"))
+        inbox = Path(decoder._inbox.name)
+        assert [path.name for path in inbox.iterdir()] == ["well.txt"]
+        os.kill(pid, 0)
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        readers = [int(reader) for reader in children.read_text().split()] if children.exists() else []
+    assert not inbox.exists()
+    for ended in (pid, *readers):
+        with pytest.raises(ProcessLookupError):
+            os.kill(ended, 0)
+
+
+def test_a_decoder_goes_on_when_its_processes_were_killed(actor, play):
     with Decoder(actor) as decoder:
         decoder.decode(play("well"))
-        process = decoder._child.process
-        assert process.poll() is None
-    assert process.poll() is not None
+        decoder._readers.process.kill()
+        for _ in range(2):  # the reader may still answer once
+            with contextlib.suppress(Refusal):
+                decoder.decode(play("well"))
+        assert decoder.decode(play("well")).values[0, 0] == 7.5
+
+
+def test_a_source_that_cannot_be_imported_there_is_a_reason(actor, play, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    with pytest.raises(Refusal, match=r"ended with code 1 .*No module named 'actor_source'"):
+        decode(actor, play("well"))
+
+
+def test_a_refusal_survives_a_pickle():
+    refusal = pickle.loads(pickle.dumps(Refusal(Code.TIMEOUT, "x.h5: too slow")))
+    assert (refusal.code, str(refusal)) == ("timeout", "x.h5: too slow")
+    assert isinstance(refusal, ValueError)

@@ -241,7 +241,7 @@ def test_what_is_no_forecast_store_is_said(tmp_path):
         with pytest.raises(ValueError, match="not of forecasts"):
             open_store(cube)
     store = new(tmp_path / "runs").path
-    with pytest.raises(ValueError, match="without the group 'radar', so not a cube"):
+    with pytest.raises(ValueError, match="without the group 'radar' of a cube"):
         Cube.open(store)
     with pytest.raises(ValueError, match="holds forecasts, not a cube"):
         Cube.open_or_create(store, GRID, cf.RAINFALL_RATE, INIT, timedelta(minutes=5))

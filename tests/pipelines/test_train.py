@@ -16,13 +16,14 @@ from metnet.attention.axial import AxialAttention
 from metnet.batch import Batch
 from metnet.model import MetNet
 from pipelines.cf import RAINFALL_RATE
+from pipelines.construct import construct
 from pipelines.cube import Cube
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.samples import Samples
 from pipelines.task import Learning, Task
 from pipelines.train import train
-from pipelines.trained import construct, trained
+from pipelines.trained import trained
 
 START = datetime(2024, 6, 1, tzinfo=UTC)
 FIVE = timedelta(minutes=5)
@@ -90,7 +91,7 @@ def trained_on(cube, run, steps, **changed):
     return train(
         cube=str(cube),
         run=str(run),
-        model=construct(MODEL),
+        model=construct(MODEL, ("metnet.",)),
         trainer=partial(Trainer, accelerator="cpu", **trainer),
         config={"cube": str(cube), "run": str(run), "model": MODEL, "trainer": trainer, **settings},
         **settings,
@@ -119,7 +120,7 @@ def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_pa
     made = []
 
     def remembered():
-        made.append(construct(MODEL)())
+        made.append(construct(MODEL, ("metnet.",))())
         return made[0]
 
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 3, "validation": 0.0}
@@ -232,7 +233,7 @@ def test_ctrl_c_is_ctrl_c_and_not_an_exit_without_a_word(cube, tmp_path, monkeyp
 def test_time_ends_a_training_too_and_its_weights_are_kept(cube, tmp_path):
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 1000}
     result = train(
-        str(cube), str(tmp_path), construct(MODEL),
+        str(cube), str(tmp_path), construct(MODEL, ("metnet.",)),
         partial(Trainer, max_steps=-1, max_time="00:00:00:01", accelerator="cpu"),
         config={"model": MODEL}, **settings,
     )  # fmt: skip

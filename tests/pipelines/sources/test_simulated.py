@@ -1,13 +1,13 @@
 """Simulated storms: reproducible, moving, and like rain."""
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
 from pipelines.sources.simulated import EPOCH, Simulated, carry, rain_rate
+from pipelines.sources.source import RemoteFile
 
 START = datetime(2020, 6, 1, tzinfo=UTC)
 HOUR = (START - EPOCH) / timedelta(hours=1)
@@ -17,24 +17,24 @@ DAY = Simulated()
 @pytest.fixture(scope="module")
 def day() -> np.ndarray:
     """Every third frame of the default day: (time, y, x)."""
-    return np.stack([DAY.read(Path(file.url)).values for file in list(DAY.files(None, None))[::3]])
+    return np.stack([DAY.read(file).values for file in list(DAY.files(None, None))[::3]])
 
 
 def test_a_seed_is_a_weather_and_another_seed_is_another():
     url = next(Simulated(seed=3).files(None, None)).url
     assert (
-        Simulated(seed=3).read(Path(url)).values.tobytes()
-        == Simulated(seed=3).read(Path(url)).values.tobytes()
+        Simulated(seed=3).read(RemoteFile(url, None)).values.tobytes()
+        == Simulated(seed=3).read(RemoteFile(url, None)).values.tobytes()
     )
     assert (rain_rate(3, 128, HOUR + 2) != rain_rate(4, 128, HOUR + 2)).mean() > 0.05
 
 
 def test_a_frame_does_not_depend_on_those_read_before():
     files = list(DAY.files(None, None))
-    late = DAY.read(Path(files[40].url))
+    late = DAY.read(files[40])
     for file in files[30:40]:
-        DAY.read(Path(file.url))
-    assert Simulated().read(Path(files[40].url)).sha256 == late.sha256
+        DAY.read(file)
+    assert Simulated().read(files[40]).sha256 == late.sha256
 
 
 def test_rates_are_those_of_rain(day):
@@ -133,7 +133,7 @@ def test_a_larger_domain_is_rain_too():
 @pytest.mark.parametrize("name", ["simulated:2:20200601T000000Z", "simulated:1:now", "x.grib2"])
 def test_another_name_is_refused(name):
     with pytest.raises(ValueError, match="expected a name such as"):
-        DAY.read(Path(name))
+        DAY.read(RemoteFile(name, None))
 
 
 @pytest.mark.parametrize("keys", [{"seed": -1}, {"cadence": float("nan")}])

@@ -1,0 +1,1 @@
+"""Where files appear, and how they come here: folders, buckets, web pages."""
