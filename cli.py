@@ -171,7 +171,7 @@ def compose(command: str, words: list[str]) -> Any:
             for key, text in values:
                 _check(key, text, known | set(groups), plain)
             config = hydra.compose(
-                command, choices + [_override(key, text, _is_required(plain, key)) for key, text in values]
+                command, choices + [_override(key, text, _is_path(plain, key, text)) for key, text in values]
             )
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -262,13 +262,21 @@ def _check(key: str, text: str, known: set[str], plain: Any) -> None:
         raise UsageError(f"{key}={text}: expected {KINDS[type(default)]}, such as {str(default).lower()}")
 
 
-def _is_required(plain: Any, key: str) -> bool:
-    """Whether a key has no default; nothing but paths is required."""
+def _is_path(plain: Any, key: str, text: str) -> bool:
+    """Whether a key wants a path: it has no default, for nothing but paths is required.
+
+    Where several are taken too, `[a,b]` is a list of them, unless a folder has just that name.
+    """
+    from hydra.utils import get_method
     from omegaconf import OmegaConf
 
     outer, _, name = key.rpartition(".")
     node = OmegaConf.select(plain, outer) if outer else plain
-    return node is not None and OmegaConf.is_missing(node, name)
+    if node is None or not OmegaConf.is_missing(node, name):
+        return False
+    if outer or not text.startswith("[") or Path(text).exists():
+        return True
+    return not _fits([""], get_type_hints(get_method(plain["_target_"])).get(key, str))
 
 
 def _override(key: str, text: str, is_path: bool = False) -> str:

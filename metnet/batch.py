@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from torch import Tensor
 class Batch:
     """Samples on one grid size, in physical units; NaN is "not observed", 0 is "dry".
 
-    The newest frame of `radar` is the one at `init_time` (age 0). Row 0 is north.
+    The newest frame of `radar` is the one at `init_time` (age 0). Row 0 is north. What lies behind `target`
+    may be left out; a network says what it misses.
     """
 
     radar: Float[Tensor, "batch time y x"]  # mm/h, oldest first
@@ -21,6 +23,14 @@ class Batch:
     cell_size: Float[Tensor, "batch"]  # metres, side of a cell
     motion: Float[Tensor, "batch 2 y x"] | None = None  # cells a minute, to the east and to the south
     target: Float[Tensor, "batch lead y x"] | None = None  # mm/h at init_time + lead_time
+    static: Float[Tensor, "batch field y x"] | None = None  # elevation (m), share of land, ...
+    satellite: Float[Tensor, "batch image band y x"] | None = None  # K, reflectance, ...; oldest first
+    satellite_age: Float[Tensor, "batch image"] | None = (
+        None  # minutes before init_time, falling, not below 0
+    )
+    place: Float[Tensor, "batch 2 y x"] | None = None  # longitude and latitude of each cell, degrees
+    # mm/h at the times of `radar`, centred on the grid: means over as many cells as the network says
+    surroundings: Float[Tensor, "batch time wide_y wide_x"] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device (Lightning calls this)."""
@@ -30,3 +40,26 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **tensors)
+
+    def filled_up(self, multiple: int) -> "Batch":
+        """The same without target, on a grid made up to multiples of this by cells that are not observed.
+
+        Cells are added in the south and in the east; `surroundings` stay where they are.
+        """
+        down, right = (-size % multiple for size in self.radar.shape[2:])
+
+        def wider(field: Tensor | None) -> Tensor | None:
+            return None if field is None else F.pad(field, (0, right, 0, down), value=torch.nan)
+
+        motion = self.motion
+        if motion is not None:
+            motion = F.pad(motion, (0, right, 0, down), mode="replicate")
+        return replace(
+            self,
+            radar=F.pad(self.radar, (0, right, 0, down), value=torch.nan),
+            motion=motion,
+            target=None,
+            static=wider(self.static),
+            satellite=wider(self.satellite),
+            place=wider(self.place),
+        )

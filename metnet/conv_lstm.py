@@ -34,6 +34,16 @@ class ConvLSTM(nn.Module):
         Raises:
             ValueError: if there is no time step.
         """
+        return self.states(x)[0]
+
+    def states(
+        self, x: Float[Tensor, "batch time in_channel y x"]
+    ) -> tuple[Float[Tensor, "batch channel y x"], Float[Tensor, "batch channel y x"]]:
+        """Hidden state and cell after the last time step.
+
+        Raises:
+            ValueError: if there is no time step.
+        """
         if x.shape[1] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected at least 1 time step")
         gates = self.from_input(rearrange(x, "batch time channel y x -> (batch time) channel y x"))
@@ -41,7 +51,7 @@ class ConvLSTM(nn.Module):
         hidden, cell = self._step(steps[0], None)
         for step in steps[1:]:
             hidden, cell = self._step(step + self.from_hidden(hidden), cell)
-        return hidden
+        return hidden, cell
 
     def _step(self, gates: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden state and cell after one step; i, f, o, g as in the paper, cell None is empty."""

@@ -35,3 +35,9 @@ class Downsampler(nn.Module):
         half = F.gelu(self.second(F.max_pool2d(F.gelu(self.first(x)), 2)))
         half = half + F.gelu(self.third(half))
         return F.gelu(self.last(F.max_pool2d(half, 2)))
+
+
+def middle(field: Float[Tensor, "*any y x"], side: int) -> Float[Tensor, "*any side side"]:
+    """The square in the middle of a map."""
+    top, left = ((size - side) // 2 for size in field.shape[-2:])
+    return field[..., top : top + side, left : left + side]

@@ -1,8 +1,12 @@
-"""`LeadTimeEmbedding`, `FiLM`: how far ahead, told to every block (MetNet-2, arXiv 2111.07470)."""
+"""How far ahead: `LeadTimeEmbedding` and `FiLM` tell every block, `LeadTimePlanes` only the input.
+
+The first is how MetNet-2 does it (arXiv 2111.07470), the second MetNet (arXiv 2003.12140).
+"""
 
 import math
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,6 +35,52 @@ class LeadTimeEmbedding(nn.Module):
         phase = 2 * math.pi * lead_time[:, None] / self.periods
         told: Tensor = self.dense(torch.cat([lead_time[:, None] / 60, phase.sin(), phase.cos()], dim=1))
         return told
+
+
+class LeadTimePlanes(nn.Module):
+    """One plane for each lead time there is, beside the channels of every frame: 1 all over, or 0.
+
+    Between two planes a lead time has its share of both. The whole past must go through what follows once
+    more for each lead time; blocks behind it are told the same number for all of them.
+
+    Args:
+        step: minutes from one plane's lead time to the next; the first plane stands for one step.
+        count: how many planes.
+    """
+
+    features = 1
+
+    def __init__(self, step: float, count: int):
+        super().__init__()
+        if not step > 0 or count < 1:
+            raise ValueError(f"step={step}, count={count}: expected minutes above 0 and at least 1 plane")
+        self.step, self.count = step, count
+
+    def forward(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "lead feature"]:
+        """What the blocks are told, which is nothing that differs."""
+        return torch.ones_like(lead_time)[:, None]
+
+    def beside(
+        self, x: Float[Tensor, "batch time channel y x"], lead_time: Float[Tensor, "lead"]
+    ) -> Float[Tensor, "sample time more_channel y x"]:
+        """The frames with the planes of each lead time (minutes) behind their channels, all as one batch.
+
+        Raises:
+            ValueError: for a lead time before the first plane's or after the last one's.
+        """
+        last = self.step * self.count
+        outside = [lead for lead in lead_time.tolist() if not self.step <= lead <= last]
+        if outside:
+            raise ValueError(
+                f"lead times {', '.join(f'{lead:g}' for lead in outside)} min: the network's planes stand "
+                f"for {self.step:g} to {last:g} min; ask for these, or train one with more (count=) planes"
+            )
+        plane = torch.arange(1, self.count + 1, device=lead_time.device)
+        share = (1 - (lead_time[:, None] / self.step - plane).abs()).clamp(min=0).to(x)
+        batch, time, _, rows, columns = x.shape
+        planes = repeat(share, "lead plane -> batch lead t plane y x", batch=batch, t=time, y=rows, x=columns)
+        frames = repeat(x, "batch t c y x -> batch lead t c y x", lead=len(lead_time))
+        return rearrange(torch.cat([frames, planes], dim=3), "batch lead t c y x -> (batch lead) t c y x")
 
 
 class FiLM(nn.Module):

@@ -1,14 +1,12 @@
-"""`MetNet`: radar frames -> a distribution of rain for every pixel and lead time (arXiv 2003.12140, fig. 2).
+"""`MetNet`: the past -> a distribution of rain for every pixel and lead time (arXiv 2003.12140, fig. 2).
 
-Scale, downsample, remember, attend, return to full resolution. The past is encoded once; all lead times then
-go through the rest as one batch.
+Scale, downsample, remember, attend, return to full resolution. By default the past is encoded once, and all
+lead times then go through the rest as one batch.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +21,18 @@ from metnet.attention.residual import ResidualBlock, ToldTrunk
 from metnet.batch import Batch
 from metnet.conv_lstm import ConvLSTM
 from metnet.downsampler import Downsampler
-from metnet.lead_time import FiLM, LeadTimeEmbedding
-from metnet.prior import SIDES, AdvectionPrior, neighbourhoods
+from metnet.head import Categorical, Head, Link, climatology, spelt
+from metnet.inputs import Inputs
+from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
+from metnet.prior import SIDES, AdvectionPrior, Pixels, neighbourhoods, pixels
 from metnet.rain import BinnedForecast, RainBins
 from metnet.scaling import RainScaling
+from metnet.surroundings import Surroundings
 
 PIXELS_AT_ONCE = 2**19  # of all lead times together at full resolution; bounds the memory of a forecast
 CARRIED = 3  # newest frames that are carried along their motion
-DRY_SHARE = 0.85  # of pixels and times, before anything is learned
 AXIAL = partial(AxialAttention, heads=4, dim_index=1)
+CATEGORICAL = Categorical()
 
 
 class MetNet(nn.Module):
@@ -43,11 +44,19 @@ class MetNet(nn.Module):
         fine_channels: width at full resolution.
         depth: attention blocks.
         attention: makes the attention of one block from its channels; `Float["batch channel y x"] -> same`.
-        lead_features: how many numbers tell the lead time.
+        lead_features: how many numbers tell the lead time, where every block is told.
         grid: rows and columns the positions are learned on, in cells of the attention blocks (4 pixels).
         bins: the classes of rain; `RainBins.preferred()` by default.
         advection: start from the widened extrapolation, which needs `Batch.motion`; or be the plain MetNet.
         trunk: makes the whole attention from its channels, in place of the `depth` blocks.
+        head: how the distribution over the classes is spelt, `Categorical` or `Ordinal`.
+        lead_time: planes at the input, for which the past is encoded anew for each lead time (MetNet); by
+            default every block is told by FiLM, and the past is encoded once (MetNet-2).
+        satellite: centre and spread of each satellite channel it sees, in its unit; none by default.
+        satellite_frames: how many satellite images it sees, at their own cadence.
+        static: centre and spread of each static field it sees, in the field's unit; none by default.
+        position: see place, sun and calendar, which needs `Batch.place`.
+        surroundings: side in cells of the means in `Batch.surroundings`; 1: see no further than the grid.
     """
 
     def __init__(
@@ -62,30 +71,45 @@ class MetNet(nn.Module):
         bins: RainBins | None = None,
         advection: bool = True,
         trunk: Callable[[int], nn.Module] | None = None,
+        head: Link = CATEGORICAL,
+        lead_time: LeadTimePlanes | None = None,
+        satellite: Sequence[Sequence[float | int]] = (),
+        satellite_frames: int = 3,
+        static: Sequence[Sequence[float | int]] = (),
+        position: bool = False,
+        surroundings: int = 1,
     ):
         super().__init__()
-        if frames < 1 or depth < 0 or channels < 1:
+        if frames < 1 or depth < 0 or channels < 1 or surroundings < 1:
             raise ValueError(
-                f"frames={frames}, depth={depth}, channels={channels}: expected at least 1 frame, "
-                "no fewer than 0 blocks and at least 1 channel"
+                f"frames={frames}, depth={depth}, channels={channels}, surroundings={surroundings}: expected "
+                "at least 1 frame, no fewer than 0 blocks, at least 1 channel and means over at least 1 cell"
             )
         self._frames = frames
         self.bins = RainBins.preferred() if bins is None else bins
-        self.scaling = RainScaling()
-        self.downsampler = Downsampler(self.scaling.channels, channels)
+        self.link = head
+        self.scaling = Inputs(frames, satellite, satellite_frames, static, position)
+        self.planes = lead_time
+        in_channels = self.scaling.channels + (0 if lead_time is None else lead_time.count)
+        self.downsampler = Downsampler(in_channels, channels)
         self.memory = ConvLSTM(channels, channels)
         self.positions = AxialPositionalEmbedding(channels, tuple(grid), interpolate=True, scale=0.02)
-        self.lead_time = LeadTimeEmbedding(lead_features)
+        self.lead_time = LeadTimeEmbedding(lead_features) if lead_time is None else lead_time
+        told = self.lead_time.features
         self.blocks = nn.ModuleList(
-            [ResidualBlock(attention(channels), channels, lead_features) for _ in range(depth)]
+            [ResidualBlock(attention(channels), channels, told) for _ in range(depth)]
             if trunk is None
-            else [ToldTrunk(trunk(channels), channels, lead_features)]
+            else [ToldTrunk(trunk(channels), channels, told)]
         )
-        self.surface = Surface(frames * self.scaling.channels, fine_channels)
+        self.surface = Surface(self.scaling.stacked_channels, fine_channels)
         usual = climatology(self.bins)
         self.prior = AdvectionPrior(self.bins, usual) if advection else None
         self.stream = Stream(min(frames, CARRIED), fine_channels) if advection else None
-        self.head = Head(channels, fine_channels, lead_features, len(self.bins), None if advection else usual)
+        numbers = head.count(len(self.bins))
+        self.head = Head(channels, fine_channels, told, numbers, None if advection else spelt(head, usual))
+        self.surroundings = (
+            Surroundings(surroundings, channels, attention, grid) if surroundings > 1 else None
+        )
 
     @property
     def frames(self) -> int:
@@ -96,10 +120,11 @@ class MetNet(nn.Module):
         """The probability of each class of rain at `batch.lead_time` on the grid of `batch.radar`.
 
         Raises:
-            ValueError: if the batch does not have `frames` frames.
+            ValueError: if the batch does not have `frames` frames, or lacks what the network was made to see.
         """
         past = self.encode(batch)
-        at_once = max(1, PIXELS_AT_ONCE // past.fine[:, 0].numel())
+        pixels = past.fine[:, 0].numel() * (1 if self.planes is None else self.scaling.time)
+        at_once = max(1, PIXELS_AT_ONCE // pixels)
         leads = [self.decode(past, lead).softmax(dim=2) for lead in torch.split(batch.lead_time, at_once)]
         rows, columns = batch.radar.shape[2:]
         return BinnedForecast(torch.cat(leads, dim=1)[..., :rows, :columns], self.bins)
@@ -109,79 +134,125 @@ class MetNet(nn.Module):
         rows, columns = batch.radar.shape[2:]
         return self.decode(self.encode(batch), batch.lead_time)[..., :rows, :columns]
 
+    def pixels(self, batch: Batch, count: int, generator: torch.Generator) -> Pixels:
+        """Some pixels of the target, and what lies around each in the carried field, to fit the prior on.
+
+        Raises:
+            ValueError: if the batch has no motion or no target.
+        """
+        if batch.motion is None or batch.target is None:
+            raise ValueError("a prior is fitted on a batch with a motion and a target; this one lacks one")
+        whole = batch.filled_up(self.downsampler.factor)
+        assert whole.motion is not None
+        carried = _newest(_carried(whole.radar, whole.age, whole.motion, whole.lead_time))
+        down, right = (
+            full - part for full, part in zip(carried.shape[2:], batch.target.shape[2:], strict=True)
+        )
+        target = F.pad(batch.target, (0, right, 0, down), value=torch.nan)
+        return pixels(self.bins, carried, whole.lead_time, whole.cell_size, target, count, generator)
+
     def encode(self, batch: Batch) -> "Past":
         """The past, which no lead time changes: its memory, and what is seen at full resolution.
 
         Sides that are no multiples of 4 are filled up with pixels that are not observed.
 
         Raises:
-            ValueError: if the batch does not have `frames` frames, or lacks the motion that advection needs.
+            ValueError: if the batch does not have `frames` frames, or lacks what the network was made to see.
         """
-        if batch.radar.shape[1] != self.frames:
-            raise ValueError(f"the batch has {batch.radar.shape[1]} frames: expected frames={self.frames}")
         if self.prior is not None and batch.motion is None:
             raise ValueError(
                 "the batch has no motion: a network with advection needs it, advection=False does not"
             )
-        down, right = (-size % self.downsampler.factor for size in batch.radar.shape[2:])
-        radar = F.pad(batch.radar, (0, right, 0, down), value=torch.nan)
-        motion = batch.motion
-        if motion is not None:
-            motion = F.pad(motion, (0, right, 0, down), mode="replicate")
-
-        seen = self.scaling(radar, batch.age)
-        frames = rearrange(seen, "batch time channel y x -> (batch time) channel y x")
-        small = self.downsampler(frames.contiguous(memory_format=torch.channels_last))
-        memory = self.memory(rearrange(small, "(batch time) c y x -> batch time c y x", time=self.frames))
-        stacked = rearrange(seen, "batch time channel y x -> batch (time channel) y x")
+        whole = batch.filled_up(self.downsampler.factor)
+        frames, stacked = self.scaling(whole)
+        coarse = self.remember(frames) if self.planes is None else None
+        wide = None if self.surroundings is None else self.surroundings(batch)
         sharp = self.surface(stacked.contiguous(memory_format=torch.channels_last))
-        return Past(self.positions(memory), sharp, radar, batch.age, motion)
+        seen = frames if coarse is None else None
+        return Past(seen, coarse, wide, sharp, whole.radar, whole.age, whole.motion, whole.cell_size)
+
+    def remember(
+        self, frames: Float[Tensor, "sample time channel Y X"]
+    ) -> Float[Tensor, "sample width rows columns"]:
+        """What the frames leave in memory, at a quarter of their resolution."""
+        each = rearrange(frames, "sample time channel y x -> (sample time) channel y x")
+        small = self.downsampler(each.contiguous(memory_format=torch.channels_last))
+        steps = rearrange(small, "(sample time) c y x -> sample time c y x", time=frames.shape[1])
+        placed: Tensor = self.positions(self.memory(steps))
+        return placed
 
     def decode(self, past: "Past", lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch lead bin Y X"]:
         """Logits at each lead time (minutes): attention that knows the lead time, then full resolution."""
         lead = len(lead_time)
         told = repeat(self.lead_time(lead_time), "lead feature -> (batch lead) feature", batch=len(past.fine))
-        field = repeat(past.coarse, "batch c y x -> (batch lead) c y x", lead=lead)
-        field = field.contiguous(memory_format=torch.channels_last)
+        field = self._coarse(past, lead_time).contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             field = block(field, told)
         fine = repeat(past.fine, "batch c y x -> (batch lead) c y x", lead=lead)
         if self.prior is None or self.stream is None:
-            logits = self.head(field, fine.contiguous(memory_format=torch.channels_last), told)
-            by_lead: Tensor = rearrange(logits, "(batch lead) bin y x -> batch lead bin y x", lead=lead)
-            return by_lead
+            return self.link.logits(self._numbers(field, fine, told, lead))
         carried = past.carried(lead_time)
-        fine = fine + self.stream(carried)
-        logits = self.head(field, fine.contiguous(memory_format=torch.channels_last), told)
-        prior = self.prior(_newest(carried), lead_time)
-        learned: Tensor = rearrange(logits, "(batch lead) bin y x -> batch lead bin y x", lead=lead)
-        total: Tensor = prior + learned
-        return total
+        numbers = self._numbers(field, fine + self.stream(carried), told, lead)
+        prior = self.link.numbers(self.prior(_newest(carried), lead_time, past.cell_size))
+        return self.link.logits(prior + numbers)
+
+    def _coarse(
+        self, past: "Past", lead_time: Float[Tensor, "lead"]
+    ) -> Float[Tensor, "sample channel rows columns"]:
+        """The memory for each lead time, together with what the surroundings say."""
+        lead = len(lead_time)
+        if past.coarse is not None:
+            memory = repeat(past.coarse, "batch c y x -> (batch lead) c y x", lead=lead)
+        else:
+            assert self.planes is not None and past.frames is not None
+            memory = self.remember(self.planes.beside(past.frames, lead_time))
+        if past.wide is None:
+            return memory
+        return memory + repeat(past.wide, "batch c y x -> (batch lead) c y x", lead=lead)
+
+    def _numbers(
+        self, field: Tensor, fine: Tensor, told: Tensor, lead: int
+    ) -> Float[Tensor, "batch lead number Y X"]:
+        """What the head says, by lead time."""
+        numbers = self.head(field, fine.contiguous(memory_format=torch.channels_last), told)
+        by_lead: Tensor = rearrange(numbers, "(batch lead) number y x -> batch lead number y x", lead=lead)
+        return by_lead
 
 
 @dataclass(frozen=True)
 class Past:
     """What is known at the init time, on a grid whose sides are multiples of 4."""
 
-    coarse: Float[Tensor, "batch channel rows columns"]
+    frames: Float[Tensor, "batch every input Y X"] | None  # where they are encoded anew for each lead time
+    coarse: Float[Tensor, "batch channel rows columns"] | None  # and where they are not, their memory
+    wide: Float[Tensor, "batch channel rows columns"] | None  # what the surroundings say
     fine: Float[Tensor, "batch fine Y X"]
     radar: Float[Tensor, "batch time Y X"]  # mm/h
     age: Float[Tensor, "batch time"]  # minutes
     motion: Float[Tensor, "batch 2 Y X"] | None  # cells per minute
+    cell_size: Float[Tensor, "batch"]  # metres
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
         """The newest frames, the newest first, carried along the motion to each lead time (mm/h)."""
         assert self.motion is not None
-        newest = range(1, 1 + min(CARRIED, self.radar.shape[1]))
-        with torch.no_grad():  # nothing in it is learned
-            each = [
-                advect(radar[-back][None], motion[None], lead_time + age[-back])
-                for radar, motion, age in zip(self.radar, self.motion, self.age, strict=True)
-                for back in newest
-            ]
-            return rearrange(
-                torch.cat(each), "(batch frame) lead y x -> batch frame lead y x", frame=len(newest)
-            )
+        return _carried(self.radar, self.age, self.motion, lead_time)
+
+
+@torch.no_grad()  # nothing in it is learned
+def _carried(
+    radar: Float[Tensor, "batch time Y X"],
+    age: Float[Tensor, "batch time"],
+    motion: Float[Tensor, "batch 2 Y X"],
+    lead_time: Float[Tensor, "lead"],
+) -> Float[Tensor, "batch frame lead Y X"]:
+    """The newest frames, the newest first, carried along the motion to each lead time (mm/h, minutes)."""
+    newest = range(1, 1 + min(CARRIED, radar.shape[1]))
+    each = [
+        advect(field[-back][None], flow[None], lead_time + minutes[-back])
+        for field, flow, minutes in zip(radar, motion, age, strict=True)
+        for back in newest
+    ]
+    return rearrange(torch.cat(each), "(batch frame) lead y x -> batch frame lead y x", frame=len(newest))
 
 
 def _newest(carried: Float[Tensor, "batch frame lead Y X"]) -> Float[Tensor, "batch lead Y X"]:
@@ -222,46 +293,3 @@ class Surface(nn.Module):
         """Two convolutions, the second residual."""
         x = F.gelu(self.first(x))
         return x + F.gelu(self.second(x))
-
-
-class Head(nn.Module):
-    """Back to full resolution, pixel for pixel, and to one number per class.
-
-    Before anything is learned it says `usual`, the share of each class; or, beside a prior, nothing.
-    """
-
-    def __init__(
-        self, channels: int, fine_channels: int, features: int, classes: int, usual: list[float] | None
-    ):
-        super().__init__()
-        self.rise = nn.Conv2d(channels, 4 * fine_channels, 1)
-        self.tell = FiLM(features, fine_channels)
-        self.mix = nn.Conv2d(fine_channels, fine_channels, 3, padding=1)
-        self.classify = nn.Conv2d(fine_channels, classes, 1)
-        nn.init.normal_(self.classify.weight, std=0.0 if usual is None else 0.01)
-        start = torch.zeros(classes) if usual is None else torch.tensor(usual).log()
-        self.classify.bias = nn.Parameter(start)
-
-    def forward(
-        self,
-        coarse: Float[Tensor, "sample channel rows columns"],
-        fine: Float[Tensor, "sample fine y x"],
-        told: Float[Tensor, "sample feature"],
-    ) -> Float[Tensor, "sample bin y x"]:
-        """Logits from the map at a quarter of the resolution and the one at full resolution."""
-        risen = F.pixel_shuffle(self.rise(coarse), 2)
-        risen = F.interpolate(risen, scale_factor=2, mode="bilinear", align_corners=False)
-        x = F.gelu(risen + self.tell(fine, told))
-        x = x + F.gelu(self.mix(x))
-        logits: Tensor = self.classify(x)
-        return logits
-
-
-def climatology(bins: RainBins) -> list[float]:
-    """The share of each class when nothing is known: dry mostly, wet with an exponential tail of 2 mm/h."""
-    knots = (*bins.edges, bins.top)
-    above = [math.exp(-rate / 2) for rate in knots]
-    wet = [low - high for low, high in pairwise(above)]
-    floor = 1e-3 / len(wet)  # no class is impossible
-    wet = [share + floor for share in wet]
-    return [DRY_SHARE, *((1 - DRY_SHARE) * share / sum(wet) for share in wet)]

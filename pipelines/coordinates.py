@@ -1,5 +1,6 @@
 """A `Grid` as the coordinates of a Zarr group (CF-1.11 chapters 4 and 5: axes, grid mapping, lat and lon)."""
 
+import warnings
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,7 +41,9 @@ def seconds(time: datetime) -> int:
 def write_grid(group: zarr.Group, grid: Grid) -> None:
     """Writes `crs`, `y`, `x` and the auxiliary `lat`, `lon` (degrees, WGS 84)."""
     crs = CRS.from_wkt(grid.crs)
-    store_array(group, "crs", (), np.zeros((), "i4"), {**crs.to_cf(), "crs_wkt": grid.crs})
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        mapping = crs.to_cf()  # it warns of what CF has no name for; crs_wkt has that too
+    store_array(group, "crs", (), np.zeros((), "i4"), {**mapping, "crs_wkt": grid.crs})
     axes = {axis["axis"].lower(): axis for axis in crs.cs_to_cf()}
     store_array(group, "x", ("x",), grid.x, {**axes["x"], "step": grid.x_step})
     store_array(group, "y", ("y",), grid.y, {**axes["y"], "step": grid.y_step})

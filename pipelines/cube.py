@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from pipelines.coordinates import (
     write_grid,
 )
 from pipelines.frame import Frame
-from pipelines.grid import Grid
+from pipelines.grid import Grid, from_path
 from pipelines.quality import CellFlag, cell_flags, flag_attributes, frame_flags, statistics
 from pipelines.repository import Repository, create_array
 from pipelines.version import version
@@ -170,7 +171,7 @@ class Cube:
     ) -> "Cube":
         """The cube at `path`; a new one, without frames, where nothing is.
 
-        `start` is the first time of a new cube's axis; an existing cube only needs it on its axis.
+        `start` is the first time of a new cube's axis; an existing one keeps its own.
 
         Raises:
             ValueError: if it exists with another grid, variable or cadence, if another group there has
@@ -197,7 +198,6 @@ class Cube:
         _check_same(f"{path}: grid", cube.grid, grid)
         _check_same(f"{path}: variable", cube.variable, variable)
         _check_same(f"{path}: cadence", cube.cadence, cadence)
-        cube._axis.index(start)
         return cube
 
     @property
@@ -239,6 +239,17 @@ class Cube:
         """For every step of the time axis, the SHA-256 of the file that its frame was read from."""
         stored = np.asarray(_array(self._group, "source_sha256")[:])
         return [digest.tobytes().hex() if digest.any() else None for digest in stored]
+
+    def sources(self, first: datetime | None = None, last: datetime | None = None) -> dict[datetime, str]:
+        """By valid time, the SHA-256 of the files of the frames within [first, last]; None: without end."""
+        start, cadence, size = self._axis.start, self._axis.cadence, self._axis.size
+        low = 0 if first is None else max(0, -((start - first) // cadence))
+        high = size if last is None else min(size, (last - start) // cadence + 1)
+        if low >= high:
+            return {}
+        stored = np.asarray(_array(self._group, "source_sha256")[low:high])
+        there = np.flatnonzero(stored.any(axis=1))
+        return {start + (low + int(index)) * cadence: stored[index].tobytes().hex() for index in there}
 
     def quality(self, time: datetime) -> NDArray[np.uint8]:
         """The `pipelines.quality.CellFlag`s (y, x) of the frame at a time of the axis."""
@@ -328,9 +339,27 @@ def judged(frame: Frame) -> Frame:
 
 
 def groups(repository: Repository, snapshot: str) -> list[str]:
-    """The names of the groups of frames, each to be opened as a `Cube`."""
-    root = zarr.open_group(repository.reader(snapshot), mode="r", zarr_format=3)
+    """The names of the groups of frames, each to be opened as a `Cube`; none of an empty repository."""
+    try:
+        root = zarr.open_group(repository.reader(snapshot), mode="r", zarr_format=3)
+    except FileNotFoundError:
+        return []  # an ingest has just made the repository, or was stopped then
     return sorted(name for name, group in root.groups() if "source_sha256" in group)
+
+
+def grid_from_path(path: str) -> Grid:
+    """The grid of the cube at a path, or the one that a YAML file describes.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if "://" not in path and not Path(path).is_dir():
+        return from_path(path)
+    repository = Repository.open(path)
+    root = zarr.open_group(repository.reader(repository.snapshot), mode="r", zarr_format=3)
+    for _, group in root.groups():
+        return read_grid(group)
+    raise ValueError(f"grid={path}: a store without anything on a grid; give that of a cube, or a YAML file")
 
 
 def check_place(path: str, root: zarr.Group, grid: Grid) -> None:
@@ -342,7 +371,7 @@ def check_place(path: str, root: zarr.Group, grid: Grid) -> None:
         if expected != grid:
             raise ValueError(
                 f"{path}: grid is {grid}, but the group {name!r} there has {expected}, and all groups of a "
-                "cube share one grid; give that grid with grid=, or another path"
+                f"cube share one grid; put them on it with grid={path}, or give another path"
             )
 
 

@@ -15,16 +15,17 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from pipelines import checksums, sandbox
+from pipelines.decoding import checksums, sandbox
+from pipelines.decoding.reader import Limits, Readers
+from pipelines.decoding.refusal import Code, Refusal
 from pipelines.frame import Frame
 from pipelines.grid import Grid
-from pipelines.reader import Limits, Readers
-from pipelines.refusal import Code, Refusal
-from pipelines.sources.source import SAFE_NAME, RemoteFile, Source
+from pipelines.sources.source import PASSED_OVER, SAFE_NAME, RemoteFile, Source, within
 
 AHEAD = timedelta(hours=1)  # of our clock: clocks differ, and nobody has observed the future
 COPIED = 256 * 2**20  # bytes of the largest file that is copied; a larger one is read where it lies
 BLOCK = 2**20  # bytes that are copied at a time
+FATAL = (Code.CRASHED, Code.TIMEOUT, Code.MEMORY)  # to a reader
 SAMPLE = 997  # a prime, so that the cells looked at first are in no one column
 
 
@@ -114,11 +115,34 @@ class Decoder:
         if self.source.trusted:
             return list(self.source.files(start, end))
         place = self._place()
-        found = self._running().files(start, end, [] if place is None else [place])
+        try:
+            found = self._running().files(start, end, place)
+        except Refusal as refusal:
+            found = self._files_part_by_part(start, end, place) if refusal.code in FATAL else []
+            if not found:
+                raise
         for file in found:
             if place is not None and not _absolute(file.url).is_relative_to(place):
                 raise Refusal(Code.INVALID, f"{file.url}: listed, but not within source.path={place}")
         return found
+
+    def _files_part_by_part(
+        self, start: datetime | None, end: datetime | None, folder: Path | None
+    ) -> list[RemoteFile]:
+        """What is in each part of a folder, one of which ends whoever opens it: that has no time.
+
+        Reading that one tells why. Nothing, if the source takes only whole folders.
+        """
+        found: list[RemoteFile] = []
+        for part in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []:
+            if not SAFE_NAME.fullmatch(part.name) or PASSED_OVER.fullmatch(part.name) or part.is_symlink():
+                continue
+            try:
+                found += self._running().files(start, end, part, part=True)
+            except Refusal as refusal:
+                if refusal.code in FATAL:
+                    found += self._files_part_by_part(start, end, part) or [RemoteFile(str(part), None)]
+        return list(within(found, start, end))
 
     def _running(self) -> Readers:
         if self._readers is None or not self._readers.alive:

@@ -79,7 +79,10 @@ def export(
     target = _target(to)
     repository = Repository.open(path)
     snapshot = repository.snapshot
-    root = zarr.open_group(repository.reader(snapshot), mode="r", zarr_format=3)
+    try:
+        root = zarr.open_group(repository.reader(snapshot), mode="r", zarr_format=3)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: nothing was written here yet; fill it with metnet ingest") from error
     holds_runs = root.attrs.get("content") == CONTENT
     if (holds_runs or group == STATIC) and (start is not None or end is not None):
         raise ValueError(f"start={start}, end={end}: choose from frames, and there are none in what is asked")

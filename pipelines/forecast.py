@@ -18,7 +18,7 @@ from pipelines.export import export_run
 from pipelines.frame import parse_time
 from pipelines.observations import Observations
 from pipelines.past import past
-from pipelines.plain import open_cube
+from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
@@ -105,7 +105,7 @@ def forecast(
             With "all", a frame that holds no observation is passed over with a warning.
     """
     began = monotonic()
-    opened = open_cube(cube)
+    opened = rain_cube(cube)
     leads = _lead_times(opened, model, lead_times)
     inits = _init_times(opened, model.frames, init_time, start, end, every)
     if export is not None and len(inits) > 1:
@@ -286,15 +286,16 @@ def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] |
     """Minutes: those wanted, else the model's own, else up to an hour in steps of the cube's cadence."""
     minutes = _minutes(cube)
     if isinstance(model, TrainedModel):
-        if model.cadence != cube.cadence:
-            learned = model.cadence.total_seconds() / 60
+        if cube.cadence not in model.cadences:
+            learned = " or ".join(f"{cadence.total_seconds() / 60:g}" for cadence in model.cadences)
             raise ValueError(
-                f"the model learned from frames every {learned:g} min, the cube {cube.path} has one every "
+                f"the model learned from frames every {learned} min, the cube {cube.path} has one every "
                 f"{minutes:g} min; train a model on a cube like this one"
             )
         if wanted and max(wanted) > max(model.lead_times):
             log.warning("lead times beyond %g min: the model never saw any", max(model.lead_times))
-        leads = tuple(float(lead) for lead in (model.lead_times if wanted is None else wanted))
+        usual = [lead for lead in model.lead_times if not math.fmod(60 * lead, 60 * minutes)]
+        leads = tuple(float(lead) for lead in (usual if wanted is None else wanted))
     else:
         step = minutes * math.ceil(HORIZON / MOST_LEADS / minutes)
         count = max(1, int(HORIZON / step))

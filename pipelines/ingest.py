@@ -1,6 +1,6 @@
 """`ingest`: files of a source -> decode -> window -> regrid -> judge -> cube; it goes on where it stopped."""
 
-import hashlib
+import errno
 import json
 import logging
 import os
@@ -9,21 +9,22 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
-from pipelines.cube import STATIC, Cube, Written, groups, judged
+from pipelines.cube import RADAR, STATIC, Cube, Written, groups, judged
 from pipelines.decode import Decoder
+from pipelines.decoding import checksums
+from pipelines.decoding.refusal import Code, Refusal
 from pipelines.feeds.feed import Feed, NewFile, open_feed
-from pipelines.feeds.web import Manners, SystemClock
+from pipelines.feeds.web import DeniedError, Manners, SystemClock, UnreachableError
 from pipelines.frame import Frame, parse_time
 from pipelines.grid import Grid
 from pipelines.progress import track
-from pipelines.refusal import Code, Refusal
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
 from pipelines.sources.source import NamedSource, RemoteFile, Source
@@ -79,6 +80,7 @@ class Refused:
     file: RemoteFile
     code: Code
     reason: str
+    misplaced: bool = False  # it was read, but does not cover the window or the grid that was asked for
 
 
 Read = tuple[RemoteFile, Frame | Refused]
@@ -133,7 +135,7 @@ def ingest(
         raise ValueError(f"batch={batch}: expected at least 1 frame a commit")
     place = Placing(_window(window), grid)
     first, last = (None if time is None else parse_time(time) for time in (start, end))
-    with Decoder(source) as decoder, spread(workers, scheduler) as workforce:
+    with _ending_in_order(), Decoder(source) as decoder, spread(workers, scheduler) as workforce:
         work = (
             partial(_prepared, decoder, place)
             if workforce.is_here
@@ -190,7 +192,7 @@ def _since(source: Source, cube: str, group: str | None) -> datetime | None:
     """
     if not _is_remote(source):
         return None
-    there = _there(cube, [group] if group else _groups(cube))
+    there = _there(cube, [group or str(getattr(source, "group", RADAR))])
     return max(there, default=datetime.now(UTC)) - LOOKBACK
 
 
@@ -215,27 +217,39 @@ def _feed(
         yield open_feed(named, Path(cache or folder), start, LOOKBACK, manners, clock=clock)
 
 
+def _ending_in_order() -> AbstractContextManager[None]:
+    """Lets SIGTERM end the process as an exception does, so that no process and no copy is left behind."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    return _handling(end, signal.SIGTERM)
+
+
+def _stopping(event: threading.Event) -> AbstractContextManager[None]:
+    """Lets SIGINT and SIGTERM set an event."""
+    return _handling(lambda *_: event.set(), signal.SIGINT, signal.SIGTERM)
+
+
 @contextmanager
-def _stopping(event: threading.Event) -> Iterator[None]:
-    """Lets SIGINT and SIGTERM set an event; not outside the main thread, which alone may."""
+def _handling(handler: Callable[..., object], *numbers: signal.Signals) -> Iterator[None]:
+    """Has signals handled otherwise; not outside the main thread, which alone may."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = [(number, signal.signal(number, handler)) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before:
+            signal.signal(number, earlier)
 
 
 def _once(feed: Feed) -> Iterator[list[NewFile]]:
     """All that is there now."""
     while True:
         yield feed.listing()
-        if not feed.behind or feed.clock.stopped:
+        if feed.is_done or feed.clock.stopped:
             return
 
 
@@ -245,16 +259,25 @@ def _fetched(
     read: Callable[[Iterable[RemoteFile]], Iterator[Read]],
     files: Iterable[RemoteFile],
 ) -> Iterator[Read]:
-    """What is in the files of a feed, each fetched when it is wanted and deleted when it was read."""
+    """What is in the files of a feed, each fetched when it is wanted and deleted when it was read.
+
+    None are fetched any more once the feed's clock is stopped; those that did not come are the next ingest's.
+
+    Raises:
+        OSError: if there is no room for them.
+    """
     names: dict[str, RemoteFile] = {}
     missing: list[Read] = []
 
     def fetched() -> Iterator[RemoteFile]:
         for file in files:
+            if feed.clock.stopped:
+                return
             try:
                 here = feed.fetch(offered[file.url])
-            except OSError as error:
-                missing.append((file, Refused(file, Code.UNREACHABLE, str(error))))
+            except (UnreachableError, DeniedError) as error:
+                if not feed.clock.stopped and not feed.comes_again(offered[file.url]):
+                    missing.append((file, Refused(file, Code.UNREACHABLE, str(error))))
                 continue
             names[here.url] = file
             yield here
@@ -328,43 +351,67 @@ class Intake:
 
         Whether group, grid and window are the cube's shows in any one frame: a new one, if any can be read.
         """
-        there = _there(self.cube, [self.group] if self.group else _groups(self.cube))
+        names = [name for name in _groups(self.cube) if self.group in (None, name)]
+        there = _there(self.cube, names, files)
         new = [file for file in files if file.valid_time not in there]
         old = [file for file in files if file.valid_time in there]
         tried: set[RemoteFile] = set()
-        for file in (*new, *old[:1]):
+        for file in (*new, *old):
             tried.add(file)
-            for frame in self._frames([file]):
-                self._open(frame)
-                return [other for other in files if other not in tried], iter([frame])
+            for frame in self._frames([file], into_new=not names):
+                refused = self._open(file, frame)
+                if refused is not None:
+                    self.quarantine.add(refused)
+                elif file in old:  # it has shown what it was read for; `_fresh` says whether it is written
+                    return [other for other in files if other not in tried or other == file], iter(())
+                else:
+                    return [other for other in files if other not in tried], iter([frame])
         return [], iter(())
 
-    def _open(self, frame: Frame) -> None:
-        """Makes the cube where there is none."""
+    def _open(self, file: RemoteFile, frame: Frame) -> Refused | None:
+        """Makes the cube where there is none; why the frame cannot be in it, if its time is not the cube's.
+
+        Raises:
+            ValueError: if the cube holds another grid, quantity or cadence.
+        """
         self.group = self.group or frame.group
         if frame.cadence is not None:
             self._cube = Cube.open_or_create(
                 self.cube, frame.grid, frame.variable, frame.valid_time, frame.cadence, self.group
             )
+            checked = self._checked(file, frame)
+            if isinstance(checked, Refused):
+                return checked
         self._first = frame
+        return None
 
     def _fresh(self, files: list[RemoteFile]) -> list[RemoteFile]:
-        """Those of the files that the group does not have yet; to restate, also those that differ."""
-        there = _there(self.cube, [str(self.group)])
+        """Those of the files that the group does not have yet; to restate, also those that differ.
+
+        Of several files of a time that is there, only the last can restate it: else they would take turns.
+        """
+        there = _there(self.cube, [str(self.group)], files)
+        last = {file.valid_time: file for file in files} if self.restate else {}
         return [
             file
             for file in files
             if file.valid_time not in there
-            or (self.restate and _sha256(Path(file.url)) != there[file.valid_time])
+            or (last.get(file.valid_time) == file and _sha256(Path(file.url)) != there[file.valid_time])
         ]
 
-    def _frames(self, files: Iterable[RemoteFile]) -> Iterator[Frame]:
-        """The frames of the files that can be read and belong to the cube."""
+    def _frames(self, files: Iterable[RemoteFile], into_new: bool = False) -> Iterator[Frame]:
+        """The frames of the files that can be read and belong to the cube.
+
+        Raises:
+            ValueError: if nothing is there yet, and a frame does not cover what was asked for.
+        """
         for file, read in self._read(files):
             if isinstance(read, Frame):
                 read = self._checked(file, read)
             if isinstance(read, Frame):
                 yield read
+            elif read.misplaced and into_new:
+                raise ValueError(f"{Path(file.url).name}: {read.reason}")
             else:
                 self.quarantine.add(read)
 
@@ -400,10 +447,8 @@ class Quarantine:
         name = f"{cube.rstrip('/').rsplit('/', 1)[-1]}.quarantine.jsonl"
         self.path = Path(name) if "://" in cube else Path(cube).with_name(name)
         self.reasons: list[str] = []  # of this time
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        self._known = {
-            (record["path"], record["sha256"], record["reason"]) for record in map(json.loads, lines)
-        }
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        self._known = set(filter(None, map(_recorded, lines)))
 
     def add(self, refused: Refused) -> None:
         """Writes a file down at once; once, however often it is met, and beside what others write."""
@@ -421,30 +466,51 @@ class Quarantine:
             "reason": refused.reason,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as lines:  # one call to the system: no line is ever torn
-            lines.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        with self.path.open("a+b", buffering=0) as lines:
+            size = lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, size - 1))
+            if lines.read(1) not in (b"", b"\n"):  # the disk was full in the middle of a line
+                line = b"\n" + line
+            written = lines.write(line)  # in one call to the system, beside what others write
+            if written != len(line):
+                raise OSError(errno.ENOSPC, "no room to write down a damaged file", str(self.path))
             os.fsync(lines.fileno())
 
 
-def _sha256(path: Path) -> str | None:
-    """Of a file's bytes; None if it cannot be opened."""
+def _recorded(line: bytes) -> tuple[str, str | None, str] | None:
+    """What tells a line of the quarantine from others; None for one that is no record."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        record = json.loads(line)
+        return str(record["path"]), record["sha256"], str(record["reason"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a plain file's bytes; None if it is none, or cannot be opened."""
+    try:
+        return checksums.digest(path, "sha256")
     except OSError:
         return None
 
 
-def _there(path: str, groups: Iterable[str]) -> dict[datetime, str]:
-    """The valid times whose frames a cube has in any of some groups, with the SHA-256 of their files."""
+def _there(
+    path: str, groups: Iterable[str], files: Iterable[RemoteFile] | None = None
+) -> dict[datetime, str]:
+    """The valid times whose frames a cube has in any of some groups, with the SHA-256 of their files.
+
+    Only between the times of some files, if those are given: a cube may hold years.
+    """
+    times = [file.valid_time for file in files or () if file.valid_time is not None]
+    first, last = min(times, default=None), max(times, default=None)
     there: dict[datetime, str] = {}
     for group in groups:
         try:
             cube = Cube.open(path, group)
         except ValueError:
             continue  # made by the first frame
-        known = zip(cube.times, cube.digests(), strict=True)
-        there.update((time, digest) for time, digest in known if digest is not None)
+        there.update(cube.sources(first, last))
     return there
 
 
@@ -480,12 +546,20 @@ def _window(window: list[int] | None) -> tuple[int, int, int, int] | None:
 
 
 def _prepared(decoder: Decoder, place: Placing, file: RemoteFile) -> Read:
-    """All that is done with a file before it is written."""
+    """All that is done with a file before it is written.
+
+    Raises:
+        OSError: if this machine lacks what it takes to read any file.
+    """
     try:
-        return file, place(decoder.decode(file))
-    except (ValueError, OSError) as error:
+        frame = decoder.decode(file)
+    except ValueError as error:
         code = error.code if isinstance(error, Refusal) else Code.DAMAGED
         return file, Refused(file, code, str(error))
+    try:
+        return file, place(frame)
+    except ValueError as error:
+        return file, Refused(file, Code.WRONG_GRID, str(error), misplaced=True)
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ import xarray as xr
 import zarr
 from pyproj import CRS
 
+from pipelines.cf import RAINFALL_RATE
 from pipelines.cube import STATIC, Cube, groups
 from pipelines.grid import Grid
 from pipelines.pictures import Panel, draw
@@ -88,7 +89,12 @@ def inspect(
 
 
 def _has_static(repository: Repository) -> bool:
-    root = zarr.open_group(repository.reader(repository.snapshot), mode="r", zarr_format=3)
+    try:
+        root = zarr.open_group(repository.reader(repository.snapshot), mode="r", zarr_format=3)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{repository.path}: nothing was written here yet; fill it with metnet ingest"
+        ) from error
     return STATIC in root
 
 
@@ -118,7 +124,7 @@ def _cube(cube: Cube) -> Iterator[Fact]:
     chosen = np.unique(there[np.linspace(0, len(there) - 1, min(LOOKED_AT, len(there))).round().astype(int)])
     seen = wet = cells = 0
     suspect = dict.fromkeys(CellFlag, 0)
-    most, most_time = 0.0, times[int(chosen[0])]
+    least, most, most_time = np.inf, -np.inf, times[int(chosen[0])]
     for index in track(chosen, "looking", len(chosen)):
         field = cube.block(times[index], 1)[0]
         known = ~np.isnan(field)
@@ -127,12 +133,17 @@ def _cube(cube: Cube) -> Iterator[Fact]:
         quality = cube.quality(times[index])
         for flag in suspect:
             suspect[flag] += int((quality & flag > 0).sum())
+        least = min(least, float(field[known].min(initial=np.inf)))
         if known.any() and field[known].max() > most:
             most, most_time = float(field[known].max()), times[index]
     of = f"in {len(chosen)} frames looked at"
     yield "observed", f"{seen / cells:.1%} of the cells, {of}"
     counts = (f"{count} cells of {str(flag.name).lower()}" for flag, count in suspect.items())
     yield "suspect", f"{', '.join(counts)}, {of}"
+    if cube.variable != RAINFALL_RATE:
+        between = f"{least:g} to {most:g} {cube.variable.units}" if seen else "unknown: no cell was observed"
+        yield "values", f"{between}, {of}"
+        return
     if not seen:
         yield "rain", "unknown: no cell was observed"
         return

@@ -46,6 +46,21 @@ ADVICE = "read it into a cube by metnet ingest source=cf, whose settings say wha
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
+def rain_cube(path: str) -> Observations:
+    """The cube at a path, as `open_cube` finds it, if it holds rain.
+
+    Raises:
+        ValueError: if it holds another quantity, or is no cube.
+    """
+    cube = open_cube(path)
+    if cube.variable.name != RAINFALL_RATE.name:
+        raise ValueError(
+            f"{path}: holds {cube.variable.name} ({cube.variable.units}), and rain is forecast from "
+            f"{RAINFALL_RATE.name} ({RAINFALL_RATE.units}); choose a cube of rain rates"
+        )
+    return cube
+
+
 def open_cube(path: str, group: str = RADAR) -> Observations:
     """The frames at a path: of a cube that `metnet ingest` made, a plain Zarr store, or a NetCDF file.
 

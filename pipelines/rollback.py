@@ -17,7 +17,7 @@ class RolledBack:
         """What a person wants to know of it."""
         return (
             f"{self.path}: is as it was at snapshot {self.snapshot}; what came later is kept under the tag "
-            f"{self.kept}"
+            f"{self.kept}. Run the ingest again to fetch anew what was taken back."
         )
 
 

@@ -48,6 +48,16 @@ class Span:
             raise ValueError(f"lead_times={list(lead_times)}: expected minutes that rise, at least one")
         return cls(frames, leads)
 
+    @classmethod
+    def of_those(cls, cadence: timedelta, frames: int, lead_times: Sequence[float]) -> "Span":
+        """As `of`, with those of the lead times that are multiples of the cadence.
+
+        Raises:
+            ValueError: if none is.
+        """
+        fitting = [lead for lead in lead_times if not math.fmod(lead * 60, cadence.total_seconds())]
+        return cls.of(cadence, frames, fitting or lead_times)
+
     @property
     def steps(self) -> int:
         """From the oldest frame to the last target."""
@@ -197,6 +207,33 @@ class Samples(Dataset[Batch]):
         if total[-1] == 0:
             raise ValueError("no frame of the cube has an observed pixel: there is nothing to learn from")
         return total
+
+
+class Mixed(Dataset[Batch]):
+    """The samples of several cubes, each batch of one of them; endless.
+
+    The same `seed` and index always give the same sample. Every cube is drawn from as often as any other, so
+    that a long event does not drown a short one.
+
+    Args:
+        parts: the samples of each cube.
+        batch_size: samples of a batch, which follow each other from a multiple of it.
+        seed: of the choice.
+    """
+
+    def __init__(self, parts: Sequence[Samples], batch_size: int, seed: int = 0):
+        if not parts or batch_size < 1:
+            raise ValueError(f"{len(parts)} cubes, batch_size={batch_size}: expected at least 1 of each")
+        self.parts, self.batch_size, self.seed = parts, batch_size, seed
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Batch:
+        """Sample number `index`."""
+        random = np.random.default_rng((self.seed, index // self.batch_size))
+        return self.parts[int(random.integers(len(self.parts)))][index]
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

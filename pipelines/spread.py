@@ -1,5 +1,6 @@
 """`spread`: work in this process, in more processes of this machine, or on a cluster, in the same order."""
 
+import logging
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ Result = TypeVar("Result")
 
 AHEAD = 2  # pieces of work that wait at each worker, so that it never idles, and memory stays bounded
 TRIES = 2  # again, of work whose worker died
-PATIENCE = "30s"  # for a scheduler to answer
+PATIENCE = 30  # s for a scheduler to answer, and to have workers
 
 
 class Spread:
@@ -43,17 +44,30 @@ class Spread:
             for item in items:
                 waiting.append(self._client.submit(function, item, pure=False, retries=TRIES))
                 if len(waiting) >= AHEAD * max(1, len(self._client.nthreads())):
-                    yield waiting.popleft().result()
+                    yield self._awaited(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._awaited(waiting.popleft())
         except KilledWorker as death:
             raise OSError(
                 f"a worker died {TRIES + 1} times on the same piece of work ({death}); "
                 "give the workers more memory, or look at their logs"
             ) from death
         finally:
-            for future in waiting:
+            for future in waiting if self._client.status == "running" else ():
                 future.cancel()
+
+    def _awaited(self, future: Any) -> Any:
+        """What a piece of work gives, as long as there is a worker that could do it."""
+        while True:
+            try:
+                return future.result(timeout=PATIENCE)
+            except TimeoutError:
+                if future.done():
+                    raise  # the work's own
+                if not self._client.nthreads():  # type: ignore[union-attr]
+                    raise OSError(
+                        "the scheduler has no workers; start some, and give the same command again"
+                    ) from None
 
 
 @contextmanager
@@ -81,14 +95,17 @@ def spread(workers: int = 0, scheduler: str | None = None) -> Iterator[Spread]:
     if not workers and not scheduler:
         yield Spread(None)
         return
+    import dask
     from distributed import Client, LocalCluster
 
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # else it tells of every connection
     if scheduler:
         with Client(scheduler, timeout=PATIENCE, set_as_default=False) as client:
             yield Spread(client)
         return
     with (
         tempfile.TemporaryDirectory(prefix="metnet-") as folder,
+        dask.config.set(temporary_directory=folder),
         LocalCluster(
             local_directory=folder,
             n_workers=workers,

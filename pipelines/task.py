@@ -1,6 +1,8 @@
 """`Task`: one step of learning, one of validation, and the schedule; `RadarData`: the loaders of both."""
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -18,16 +20,17 @@ from metnet.batch import Batch
 from metnet.loss import cross_entropy
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast
-from pipelines.samples import Samples, collate
+from pipelines.samples import Mixed, Samples, collate
 
 LOWEST = 0.01  # of the learning rate, at the end of the schedule
+LONGEST_MEMORY = 0.999  # of the averaged weights, from step to step
 
 
 @dataclass(frozen=True)
 class Learning:
     """How fast the weights follow the gradient."""
 
-    rate: float = 2e-3  # at its highest
+    rate: float = 1e-3  # at its highest
     warm_up: float = 0.05  # share of the whole training in which the rate rises
     weight_decay: float = 0.01
 
@@ -40,12 +43,17 @@ class Learning:
 
 
 class Task(LightningModule):
-    """Masked cross-entropy on rain bins by AdamW; CRPS (mm/h) on the validation samples."""
+    """Masked cross-entropy on rain bins by AdamW; CRPS (mm/h) on the validation samples.
+
+    What is validated and kept is `average`, whose weights follow the network's slowly (an exponential moving
+    average that remembers about a tenth of the steps so far): one step's noise does not decide.
+    """
 
     def __init__(self, network: MetNet, learning: Learning, leads: int, seed: int = 0):
         """`leads` of the lead times, drawn anew for each step by `seed` and its number, are learned from."""
         super().__init__()
         self.network = network
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
         self.learning = learning
         self.leads = leads
         self.seed = seed
@@ -70,13 +78,20 @@ class Task(LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.radar))
         return loss
 
+    def on_train_batch_end(self, outputs: object, batch: Batch, index: int) -> None:
+        """Lets the average follow."""
+        memory = min(LONGEST_MEMORY, (1 + self.global_step) / (10 + self.global_step))
+        with torch.no_grad():
+            for kept, newest in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                kept.lerp_(newest, 1 - memory)
+
     def on_validation_epoch_start(self) -> None:
         """Nothing is summed up yet."""
         self._sums.zero_()
 
-    def validation_step(self, batch: Batch) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up loss and CRPS, and the CRPS of persistence on the same pixels."""
-        logits, target = self.network.logits(batch), _target(batch)
+        logits, target = self.average.logits(batch), _target(batch)
         loss = cross_entropy(logits, target, self.network.bins)
         crps = BinnedForecast(logits.softmax(dim=2), self.network.bins).crps(target)
         persistence = (batch.radar[:, -1:] - target).abs()
@@ -151,23 +166,21 @@ class RadarData(LightningDataModule):
     it would have seen.
     """
 
-    def __init__(self, training: Samples, validation: Samples | None, batch_size: int, steps: int):
+    def __init__(self, training: Mixed, validation: Sequence[Samples], steps: int):
         """`steps` batches are an epoch."""
         super().__init__()
-        self.training, self.validation = training, validation
-        self.batch_size, self.steps = batch_size, steps
+        self.training, self.validation, self.steps = training, validation, steps
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The samples of this epoch."""
         trainer = self.trainer
         epoch = 0 if trainer is None else trainer.current_epoch
-        count = self.steps * self.batch_size
+        count = self.steps * self.training.batch_size
         first = epoch * count
         numbers = range(first, first + count)
-        return DataLoader(self.training, self.batch_size, sampler=numbers, collate_fn=collate)
+        return DataLoader(self.training, self.training.batch_size, sampler=numbers, collate_fn=collate)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """The validation samples; no loader where there are none."""
-        if self.validation is None:
-            return []
-        return [DataLoader(self.validation, self.batch_size, collate_fn=collate)]
+        """The validation samples of each cube; no loader where there are none."""
+        size = self.training.batch_size
+        return [DataLoader(samples, size, collate_fn=collate) for samples in self.validation]

@@ -19,19 +19,24 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from metnet.model import MetNet
+from metnet.prior import Pixels
 from pipelines.frame import parse_time
 from pipelines.observations import Observations
-from pipelines.plain import open_cube
-from pipelines.samples import Samples, Span, split
+from pipelines.plain import rain_cube
+from pipelines.progress import track
+from pipelines.samples import ENDLESS, Mixed, Samples, Span, split
 from pipelines.task import Learning, RadarData, Task
 from pipelines.trained import CARD, WEIGHTS, read_card
 from pipelines.version import version
 
 CONFIG = "config.json"
 LAST = "checkpoints/last.ckpt"
+PRIOR = "prior.safetensors"
+PRIOR_SAMPLES = 64  # that the prior is fitted on
+PRIOR_PIXELS = 800  # of each sample and lead time
 log = logging.getLogger(__name__)
 
 
@@ -55,23 +60,25 @@ class Trained:
         scores = self.validation
         return (
             f"{head}\n  {size}\n  validation: CRPS {scores['val_crps']:.4f} mm/h "
-            f"(untrained {scores['val_crps_untrained']:.4f}, "
+            f"(before training {scores['val_crps_prior']:.4f}, "
             f"persistence {scores['val_crps_persistence']:.4f}), cross-entropy {scores['val_loss']:.4f} nats"
         )
 
 
 def train(
-    cube: str,
+    cube: str | Sequence[str],
     run: str,
     model: Callable[[], MetNet],
     trainer: Callable[..., Trainer],
     lead_times: Sequence[float],
     config: Mapping[str, Any],
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     batch_size: int = 4,
     crop: int = 128,
     validation: float = 0.15,
     validation_samples: int = 16,
+    validation_cubes: Sequence[str] = (),
+    prior_steps: int = 150,
     check_every: int = 100,
     leads_per_step: int = 4,
     augment: bool = True,
@@ -79,10 +86,13 @@ def train(
     start: str | None = None,
     end: str | None = None,
 ) -> Trained:
-    """Trains `model` on a cube to the trainer's limit; the same call again goes on where the last one ended.
+    """Trains `model` on cubes to the trainer's limit; the same call again goes on where the last one ended.
+
+    The prior of a network with advection is fitted first. Of each cube, the lead times count that are
+    multiples of its cadence.
 
     Args:
-        cube: folder or URL.
+        cube: folder or URL, or several: each is drawn from as often as any other.
         run: folder for checkpoints, logs and the finished model.
         model: makes the network, once the seed is set.
         trainer: makes Lightning's trainer from logger, callbacks and switches; holds the limits.
@@ -91,8 +101,10 @@ def train(
         learning_rate: of AdamW, at its highest.
         batch_size: samples of a step.
         crop: side of a sample in cells.
-        validation: share of the init times, at the end of the cube.
-        validation_samples: how many samples are drawn from these, always the same.
+        validation: share of the init times, at the end of each cube; with `validation_cubes` none.
+        validation_samples: how many samples are drawn from these of each cube, always the same.
+        validation_cubes: whole events to validate on, which nothing is learned from.
+        prior_steps: steps of fitting the prior, before the training.
         check_every: steps from one checkpoint (and validation) to the next.
         leads_per_step: how many of the lead times, drawn anew, a step learns from; validation takes all.
         augment: turn and mirror the training samples at random.
@@ -104,38 +116,71 @@ def train(
         ValueError: if there is no cube or too little of it, a lead time is no multiple of its cadence, the
             run folder belongs to another call, or the loss stops being finite.
     """
-    for key, count in (("leads_per_step", leads_per_step), ("check_every", check_every)):
-        if count < 1:
-            raise ValueError(f"{key}={count}: expected at least 1")
+    for key, count, least in (
+        ("leads_per_step", leads_per_step, 1),
+        ("check_every", check_every, 1),
+        ("prior_steps", prior_steps, 0),
+    ):
+        if count < least:
+            raise ValueError(f"{key}={count}: expected at least {least}")
     folder = Path(run)
     finished = _finished(folder, config)
     if finished is not None:
         return finished
-    opened = open_cube(cube)
+    learned = [rain_cube(path) for path in ([cube] if isinstance(cube, str) else cube)]
+    kept = [rain_cube(path) for path in validation_cubes]
+    if not learned:
+        raise ValueError("cube=[]: expected at least one to learn from")
     seed_everything(seed, verbose=False)
     network = model()
-    span = Span.of(opened.cadence, network.frames, lead_times)
-    used = _between(opened, start, end)
-    parts = split(opened.observed[used], span, validation).later(used.start)
-    if validation and not len(parts.validation):
-        log.warning(
-            "%s has %d frames: too few to keep some for validation, all are trained on",
-            cube,
-            opened.observed.sum(),
-        )
-    training = Samples(opened, parts.training, span, crop, seed=seed, augment=augment)
-    kept = (
-        Samples(opened, parts.validation, span, crop, validation_samples, seed + 1)
-        if len(parts.validation)
-        else None
-    )
-    data = RadarData(training, kept, batch_size, check_every)
-    task = Task(network, Learning(learning_rate), leads_per_step, seed)
+    share = 0.0 if kept else validation
+    training, validating = [], []
+    span_of = Span.of if len(learned) + len(kept) == 1 else Span.of_those
+    for opened in learned:
+        span = span_of(opened.cadence, network.frames, lead_times)
+        used = _between(opened, start, end)
+        parts = split(opened.observed[used], span, share).later(used.start)
+        if share and not len(parts.validation):
+            log.warning(
+                "%s has %d frames: too few to keep some for validation, all are trained on",
+                opened.path,
+                opened.observed.sum(),
+            )
+        training.append(Samples(opened, parts.training, span, crop, seed=seed, augment=augment))
+        if len(parts.validation):
+            validating.append(Samples(opened, parts.validation, span, crop, validation_samples, seed + 1))
+    for opened in kept:
+        span = span_of(opened.cadence, network.frames, lead_times)
+        inits = split(opened.observed, span, 0.0).training
+        validating.append(Samples(opened, inits, span, crop, validation_samples, seed + 1))
+    data = RadarData(Mixed(training, batch_size, seed), validating, check_every)
     with _alone(folder):
-        _begin(folder, config, opened.snapshot)
+        _begin(folder, config, [opened.snapshot for opened in learned])
+        _fit_prior(network, data.training, folder, prior_steps, seed)
+        task = Task(network, Learning(learning_rate), leads_per_step, seed)
         with _quiet():
             fitted = _fit(trainer, task, data, folder)
-        return _finish(folder, config, opened, span, crop, task, fitted)
+        return _finish(folder, config, learned, kept, crop, lead_times, task, fitted)
+
+
+def _fit_prior(network: MetNet, samples: Mixed, folder: Path, steps: int, seed: int) -> None:
+    """Gives a network with advection the prior that fits the training samples best.
+
+    It is kept in the run folder, so that a training that goes on starts from the same.
+    """
+    if network.prior is None or not steps:
+        return
+    place = folder / PRIOR
+    if place.is_file():
+        network.prior.load_state_dict(load(place.read_bytes()))
+        return
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for number in track(range(PRIOR_SAMPLES), "fitting the prior", total=PRIOR_SAMPLES):
+        batch = samples[ENDLESS // 2 + number * samples.batch_size]  # none that a step learns from
+        drawn.append(network.pixels(batch, PRIOR_PIXELS, generator))
+    network.prior.fit(Pixels.joined(drawn), steps, seed=seed)
+    _replace(place, save(network.prior.state_dict()))
 
 
 @contextmanager
@@ -197,26 +242,25 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _begin(folder: Path, config: Mapping[str, Any], snapshot: str) -> None:
-    """Writes down what the run was started with; warns if the cube has changed since."""
+def _begin(folder: Path, config: Mapping[str, Any], snapshots: list[str]) -> None:
+    """Writes down what the run was started with; warns if a cube has changed since."""
     folder.mkdir(parents=True, exist_ok=True)
     started = folder / CONFIG
     if started.is_file():
-        before = json.loads(started.read_text())["cube_snapshot"]
-        if before != snapshot:
-            log.warning(
-                "%s goes on with a cube that has changed: snapshot %s, then %s", folder, before, snapshot
-            )
-    _replace(started, json.dumps({"config": config, "cube_snapshot": snapshot}, indent=2).encode())
+        before = json.loads(started.read_text())["cube_snapshots"]
+        for old, new in zip(before, snapshots, strict=True):
+            if old != new:
+                log.warning("%s goes on with a cube that has changed: snapshot %s, then %s", folder, old, new)
+    _replace(started, json.dumps({"config": config, "cube_snapshots": snapshots}, indent=2).encode())
 
 
 def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path) -> "Fitted":
     """Trains from the last checkpoint, or from the start, to the trainer's limit; keeps what validates best.
 
-    The untrained network counts too: it is the widened extrapolation, which a short training can spoil.
+    The untrained network counts too: it is the fitted prior, which a short training can spoil.
     """
     last = folder / LAST
-    validated = data.validation is not None
+    validated = bool(data.validation)
     keep = ModelCheckpoint(
         last.parent,
         filename="best",
@@ -249,7 +293,7 @@ def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path
         task.load_state_dict(start)
         task.scores = untrained
     if validated:
-        task.scores = {**task.scores, "val_crps_untrained": untrained["val_crps"]}
+        task.scores = {**task.scores, "val_crps_prior": untrained["val_crps"]}
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     return Fitted(steps, timer.time_elapsed(), task.scores)
 
@@ -301,9 +345,10 @@ def _made(
 def _finish(
     folder: Path,
     config: Mapping[str, Any],
-    cube: Observations,
-    span: Span,
+    learned: Sequence[Observations],
+    kept: Sequence[Observations],
     crop: int,
+    lead_times: Sequence[float],
     task: Task,
     fitted: Fitted,
 ) -> Trained:
@@ -317,20 +362,19 @@ def _finish(
             f"the network validates with {dict(fitted.scores)}: it has diverged, and no model is written; "
             "lower learning_rate and choose another run folder"
         )
-    network = task.network
+    network = task.average
     weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
-    minutes = cube.cadence.total_seconds() / 60
     parameters = sum(parameter.numel() for parameter in network.parameters())
     card = {
         "config": config,
         "bins": {"edges": network.bins.edges, "top": network.bins.top},  # mm/h
         "scaling": network.scaling.card(),
-        "frames": span.frames,
-        "cadence_minutes": minutes,
-        "lead_times": [lead * minutes for lead in span.leads],
+        "frames": network.frames,
+        "cadence_minutes": sorted({cube.cadence.total_seconds() / 60 for cube in learned}),
+        "lead_times": [float(lead) for lead in lead_times],
         "crop": crop,
-        "cell_size": cube.grid.cell_size,  # metres
-        "cube": {"path": cube.path, "snapshot": cube.snapshot},
+        "cubes": [_told(cube) for cube in learned],
+        "validation_cubes": [_told(cube) for cube in kept],
         "steps": fitted.steps,
         "seconds": round(fitted.seconds, 1),
         "parameters": parameters,
@@ -342,6 +386,11 @@ def _finish(
     _replace(folder / WEIGHTS, weights)
     _replace(folder / CARD, json.dumps(card, indent=2).encode())
     return Trained(folder, fitted.steps, fitted.seconds, parameters, fitted.scores)
+
+
+def _told(cube: Observations) -> dict[str, Any]:
+    """What a card says of a cube."""
+    return {"path": cube.path, "snapshot": cube.snapshot, "cell_size": cube.grid.cell_size}  # metres
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -37,9 +37,9 @@ class TrainedModel:
         return self.network.frames
 
     @property
-    def cadence(self) -> timedelta:
-        """From one frame to the next in the cube it learned from."""
-        return timedelta(minutes=float(self.card["cadence_minutes"]))
+    def cadences(self) -> tuple[timedelta, ...]:
+        """From one frame to the next in the cubes it learned from."""
+        return tuple(timedelta(minutes=float(minutes)) for minutes in self.card["cadence_minutes"])
 
     @property
     def lead_times(self) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from pipelines.frame import parse_time
 from pipelines.grid import Grid
 from pipelines.observations import Observations
 from pipelines.past import past
-from pipelines.plain import open_cube
+from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.report import Provenance, Report, spread, text_table
 from pipelines.report_page import write
@@ -84,7 +84,7 @@ def verify(
         raise ValueError(
             f"reference={reference}: expected one of the baselines {', '.join(baselines) or '(none)'}"
         )
-    observations, store = open_cube(cube), ForecastStore.open(forecasts)
+    observations, store = rain_cube(cube), ForecastStore.open(forecasts)
     past = _Past(observations, baselines)
     names = _chosen(store, start, end)
     tallies: list[_Tally] = []

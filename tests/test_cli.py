@@ -194,3 +194,10 @@ def test_unknown_commands_are_wrong_usage():
     done = subprocess.run([sys.executable, "cli.py", "ingset"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "ingest" in done.stderr
+
+
+def test_a_list_of_paths_is_a_list_and_a_folder_of_that_name_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.compose("train", ["cube=[a/b,s3://c/d]", "run=r"]).cube == ["a/b", "s3://c/d"]
+    (tmp_path / "[a]").mkdir()
+    assert cli.compose("train", ["cube=[a]", "run=r"]).cube == "[a]"

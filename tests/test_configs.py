@@ -8,7 +8,7 @@ from hydra.utils import get_method, get_object, instantiate
 
 import cli
 
-GROUPS = ("attention", "baseline", "grid", "model", "source", "trunk")
+GROUPS = ("attention", "baseline", "grid", "head", "lead_time", "model", "source", "trunk")
 SOURCES = cli.CONFIGS / "source"
 NEEDS_PATH = {path.stem for path in SOURCES.glob("*.yaml") if "path: ???" in path.read_text()} | {"from_path"}
 

@@ -58,10 +58,12 @@ def attend(
 
 
 def _fits(x: Tensor, axis: int) -> bool:
+    if x.device.type != "cpu":
+        return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-    return x.device.type == "cpu" and exact and SHORTEST <= x.shape[axis] <= LONGEST
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return exact and SHORTEST <= x.shape[axis] <= LONGEST
 
 
 def _plain(x: Tensor, index: int, axes: Sequence[int], heads: int, flat: Sequence[Tensor]) -> Tensor:

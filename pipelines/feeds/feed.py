@@ -127,6 +127,15 @@ class Feed:
         again, self._again = list(self._again.values()), {}
         return sorted(again + files, key=lambda file: (file.valid_time, file.url))
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the last listing handed out all that there was, and all of it has arrived or never will."""
+        return not self.behind and not self._again
+
+    def comes_again(self, file: NewFile) -> bool:
+        """Whether the next listing hands a file out once more, because it did not arrive."""
+        return file.url in self._again
+
     def fetch(self, file: NewFile) -> RemoteFile:
         """The file on this machine; to be given to `release` when it was read.
 
@@ -205,8 +214,8 @@ class Feed:
             time = self.source.valid_time(Path(entry.key).name)
             if time is None or time > now + AHEAD or (self.start is not None and time < self.start):
                 continue
-            version, _ = self._seen.get(entry.key, ("", None))
-            if version != entry.version:
+            told = self._seen.get(entry.key)  # None: it is new, even of a page that tells no versions
+            if told is None or told[0] != entry.version:
                 yield entry, time
 
     def _begin(self, start: datetime) -> str:

@@ -378,12 +378,11 @@ def _walk(children: Children, prefix: str, after: str) -> Iterator[Entry]:
 
 
 def _child(item: os.DirEntry[str], prefix: str) -> Iterator[Entry | str]:
-    """What a folder holds under one name, if that is a file or a folder of a safe name."""
-    if not is_safe(item.name):
-        return
+    """What a folder holds under one name, if that is a folder, or a file of a safe name."""
     if item.is_dir(follow_symlinks=False):
-        yield f"{prefix}{item.name}/"
-    elif item.is_file(follow_symlinks=False):
+        if not PASSED_OVER.fullmatch(item.name):  # any other name will do: it leads nowhere but here
+            yield f"{prefix}{item.name}/"
+    elif is_safe(item.name) and item.is_file(follow_symlinks=False):
         with suppress(FileNotFoundError):  # it went away meanwhile
             told = item.stat(follow_symlinks=False)
             version = f"{told.st_size}-{told.st_mtime_ns}-{told.st_ino}"
@@ -420,7 +419,8 @@ def _xml(body: bytes, shown: str) -> ElementTree.Element:
 def refusal(root: str, error: Exception) -> UnreachableError | DeniedError:
     """An error of obstore, in one line, as one to try again after or not."""
     said = f"{root}: {str(error).strip().splitlines()[0]}"
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError | FileNotFoundError):
+    missing = "404 Not Found" in said  # a bucket that is not there is no error of its own in obstore
+    if missing or isinstance(error, PermissionDeniedError | UnauthenticatedError | FileNotFoundError):
         return DeniedError(said)
     throttled = "429" in said or "503" in said
     return UnreachableError(said, REST if throttled else 0.0)

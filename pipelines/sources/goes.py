@@ -254,6 +254,7 @@ class Goes:
     cadence: float | None = None  # minutes; None: what the scene has in the file's scan mode
     quality: Sequence[int] = (0,)  # flags (DQF) of cells to keep: 0 good; 1 in images: conditionally usable
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = "satellite"
 
     def __post_init__(self) -> None:
         """Refuses scenes that there are not, and flags that are none."""
@@ -317,7 +318,7 @@ class Goes:
             values=values,
             source=str(scan),
             sha256=sha256,
-            group="satellite",
+            group=self.group,
         )
 
     def _wants(self, scan: Scan) -> bool:

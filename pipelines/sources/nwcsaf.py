@@ -109,6 +109,7 @@ class Nwcsaf:
     cadence: float = 15.0  # minutes
     path: str | None = None
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = GROUP
 
     def __post_init__(self) -> None:
         """Refuses fields whose packing is not known.
@@ -160,7 +161,7 @@ class Nwcsaf:
                 values=values,
                 source=f"NWC SAF {self.product} from {self.satellite}",
                 sha256=sha256,
-                group=GROUP,
+                group=self.group,
             )
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
@@ -176,6 +177,7 @@ class NwcsafHdf5:
     cadence: float = 15.0  # minutes
     path: str | None = None
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = GROUP
 
     def valid_time(self, name: str) -> datetime | None:
         """When the scan in a file of this name began; None for other products and regions."""
@@ -220,7 +222,7 @@ class NwcsafHdf5:
                 values=values,
                 source=f"NWC SAF CT from {self.satellite}",
                 sha256=sha256,
-                group=GROUP,
+                group=self.group,
             )
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error

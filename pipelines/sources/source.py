@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 from pipelines.frame import Frame
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._@+,=:-]{1,200}")  # what a file may be called
+UNZIPPED_AT_ONCE = 2**24  # bytes
 PASSED_OVER = re.compile(r".*\.(md5|sha1|sha256|idx|tmp|part|partial)")  # beside the data, or half of it
 
 
@@ -27,7 +28,8 @@ class Source(Protocol):
     """Where frames come from. Sources do not know each other, nor the cube.
 
     One whose frames are in several files that lie side by side also says `beside: ClassVar[bool] = True`, so
-    that its reader may open all of the source's folder, and not one file alone.
+    that its reader may open all of the source's folder, and not one file alone. One whose frames belong to
+    another group of a cube than "radar" says which: `group: ClassVar[str]`.
     """
 
     trusted: ClassVar[bool]  # whether it reads no bytes from outside, and so needs no process of its own
@@ -141,16 +143,19 @@ def unzipped(zipped: bytes, largest: int) -> bytes:
     if not zipped.startswith(b"\x1f\x8b"):
         return zipped
     unzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    try:
-        message = unzip.decompress(zipped, largest)
-    except zlib.error as error:
-        raise ValueError(f"a damaged gzip file ({error})") from error
-    if unzip.unconsumed_tail:
-        raise ValueError(
-            f"a gzip file that grows to more than {largest} bytes, which no file of this product does"
-        )
+    parts, left, size = [], zipped, 0
+    while left and not unzip.eof:
+        try:
+            parts.append(unzip.decompress(left, UNZIPPED_AT_ONCE))
+        except zlib.error as error:
+            raise ValueError(f"a damaged gzip file ({error})") from error
+        left, size = unzip.unconsumed_tail, size + len(parts[-1])
+        if size > largest:
+            raise ValueError(
+                f"a gzip file that grows to more than {largest} bytes, which no file of this product does"
+            )
     if not unzip.eof:
         raise ValueError("a gzip file that ends too early")
     if unzip.unused_data:
         raise ValueError("a gzip file with more bytes behind its end")
-    return message
+    return b"".join(parts)

@@ -164,7 +164,7 @@ def test_no_gradient_is_nan_where_rain_is_missing():
 def test_what_the_coarse_map_says_stands_over_its_own_pixels(place):
     torch.manual_seed(0)
     usual = climatology(RainBins.preferred())
-    head = Head(channels=6, fine_channels=8, features=4, classes=len(usual), usual=usual)
+    head = Head(channels=6, fine_channels=8, features=4, count=len(usual), usual=usual)
     fine, told = torch.zeros(1, 8, 48, 48), torch.zeros(1, 4)
     coarse = torch.zeros(1, 6, 12, 12)
     dry = head(coarse, fine, told)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from scipy.ndimage import uniform_filter
 from metnet.advection import advect
 from metnet.batch import Batch
 from metnet.model import MetNet, climatology
-from metnet.prior import SIDES, AdvectionPrior
+from metnet.prior import SIDES, AdvectionPrior, Pixels, pixels
 from metnet.rain import RainBins
 
 BINS = RainBins((0.1, 1.0, 5.0), 50.0)
@@ -40,7 +42,7 @@ def test_before_training_the_forecast_is_the_widened_extrapolation():
     for back, age in ((2, 5.0), (3, 10.0)):
         older = advect(batch.radar[:, -back], batch.motion, LEADS + age)[0]
         carried = torch.where(carried.isnan(), older, carried)
-    weights = prior.weights(LEADS).detach().numpy()
+    weights = prior.weights(LEADS, torch.full((3,), 1000.0)).detach().numpy()
     usual = np.array(climatology(BINS))
     for n, field in enumerate(carried.numpy()):
         classes = np.where(np.isnan(field), -1, np.digitize(field, BINS.edges))
@@ -76,7 +78,7 @@ def upsampled(blocks):
 
 
 def test_the_further_ahead_the_wider_the_neighbourhoods_that_count():
-    weights = AdvectionPrior(BINS, climatology(BINS)).weights(LEADS)
+    weights = AdvectionPrior(BINS, climatology(BINS)).weights(LEADS, torch.full((3,), 1000.0))
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, len(BINS)))
     typical = (weights[..., :-1] * torch.tensor(SIDES)).sum(dim=-1)
     assert (typical.diff(dim=0) > 0).all()
@@ -85,7 +87,7 @@ def test_the_further_ahead_the_wider_the_neighbourhoods_that_count():
 
 def test_nothing_observed_is_climatology_and_nothing_else():
     prior = AdvectionPrior(BINS, climatology(BINS))
-    said = prior(torch.full((1, 3, 16, 16), torch.nan), LEADS).exp()
+    said = prior(torch.full((1, 3, 16, 16), torch.nan), LEADS, torch.tensor([1000.0])).exp()
     expected = torch.tensor(climatology(BINS))[:, None, None].expand(len(BINS), 16, 16)
     for lead in range(3):
         torch.testing.assert_close(said[0, lead], expected)
@@ -107,7 +109,7 @@ def test_a_hole_in_the_newest_frame_is_filled_by_the_one_before():
 
 
 def test_every_weight_of_network_and_prior_learns():
-    batch = a_batch()
+    batch = replace(a_batch(), cell_size=torch.tensor([2000.0]))
     network = small()
     for name, weight in network.named_parameters():
         if "tell" in name or "classify" in name:  # these start as the identity, and as nothing
@@ -126,3 +128,63 @@ def test_without_motion_it_says_what_is_missing():
     with pytest.raises(ValueError, match="no motion"):
         small()(still)
     assert torch.isfinite(small(advection=False)(still).probability).all()
+
+
+def some_pixels(spread, cell=1000.0, seed=0):
+    """Rain that is carried well, and then lies up to `spread` cells elsewhere."""
+    random = np.random.default_rng(seed)
+    carried, fell = [], []
+    for n in range(12):
+        rain = a_batch(64, 64, seed=100 * seed + n).radar[0, -1].numpy()
+        carried.append(rain)
+        fell.append(np.roll(rain, random.integers(-spread, spread + 1, 2), axis=(0, 1)))
+    field, target = (torch.from_numpy(np.stack(each))[:, None] for each in (carried, fell))
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.full((12,), cell)
+    return pixels(BINS, field, torch.tensor([30.0]), sizes, target, 1500, generator)
+
+
+def cross_entropy(prior, some):
+    return torch.nn.functional.nll_loss(prior.at(some), some.fell).item()
+
+
+def test_single_pixels_get_what_the_whole_field_gets():
+    prior = AdvectionPrior(BINS, climatology(BINS))
+    for weight in prior.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    batch = a_batch(32, 32)
+    carried = advect(batch.radar[:, -1], batch.motion, LEADS)
+    target, cell = torch.full_like(carried, torch.nan), torch.tensor([500.0])
+    target[0, 1, 20, 7] = 3.0  # the only observed pixel
+    some = pixels(BINS, carried, LEADS, cell, target, 3, torch.Generator().manual_seed(0))
+    assert some.fell.tolist() == [2, 2, 2] and some.lead_time.tolist() == [30.0] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(prior.at(some)[0], prior(carried, LEADS, cell)[0, 1, :, 20, 7])
+
+
+def test_a_fitted_prior_is_as_wide_as_the_rain_turned_out_to_be_unsure():
+    sure, unsure = AdvectionPrior(BINS, climatology(BINS)), AdvectionPrior(BINS, climatology(BINS))
+    before = cross_entropy(unsure, some_pixels(12, seed=1))
+    sure.fit(some_pixels(0), steps=60)
+    unsure.fit(some_pixels(12), steps=60)
+    assert cross_entropy(unsure, some_pixels(12, seed=1)) < before
+    lead, cell = torch.tensor([30.0]), torch.tensor([1000.0])
+    sides = torch.tensor([float(side) for side in SIDES])
+    width = [(prior.weights(lead, cell)[0, :, :-1] @ sides).mean().item() for prior in (sure, unsure)]
+    assert 1.5 * width[0] < width[1]
+
+
+def test_cells_of_another_size_get_other_neighbourhoods():
+    prior = AdvectionPrior(BINS, climatology(BINS))
+    prior.fit(Pixels.joined([some_pixels(1, cell=4000.0), some_pixels(12, cell=500.0)]), steps=60)
+    lead = torch.tensor([30.0])
+    sides = torch.tensor([float(side) for side in SIDES])
+    coarse, fine = (
+        (prior.weights(lead, torch.tensor([cell]))[0, :, :-1] @ sides).mean() for cell in (4000.0, 500.0)
+    )
+    assert coarse < fine
+    with pytest.raises(ValueError, match="no observed pixel"):
+        nothing = torch.full((1, 1, 16, 16), torch.nan)
+        generator = torch.Generator()
+        one, size = torch.tensor([5.0]), torch.tensor([1000.0])
+        prior.fit(pixels(BINS, nothing, one, size, nothing, 5, generator))

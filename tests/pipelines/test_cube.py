@@ -220,8 +220,8 @@ def test_an_existing_cube_of_another_kind_is_refused(written):
         Cube.open_or_create(written.path, GRID, cf.RAINFALL_RATE, START, timedelta(minutes=2))
     with pytest.raises(ValueError, match=r"grid is .*but the cube has"):
         Cube.open_or_create(written.path, GRID.window(0, 0, 2, 2), cf.RAINFALL_RATE, START, CADENCE)
-    with pytest.raises(ValueError, match="is not on the time axis"):
-        Cube.open_or_create(written.path, GRID, cf.RAINFALL_RATE, START + timedelta(minutes=1), CADENCE)
+    later = Cube.open_or_create(written.path, GRID, cf.RAINFALL_RATE, START + timedelta(minutes=1), CADENCE)
+    assert later.times == written.times
 
 
 @pytest.mark.parametrize("year", [1971, 2090])
@@ -240,6 +240,22 @@ def test_a_reader_sees_its_own_snapshot_until_it_is_opened_again(tmp_path):
     np.testing.assert_array_equal(reader.block(at(0), 1)[0], rain(0))
     np.testing.assert_array_equal(table.rainfall_rate.values, [rain(0)])
     assert store.times == Cube.open(store.path).times == [at(-1), at(0), at(1)]
+
+
+@pytest.mark.parametrize(("first", "last"), [(None, None), (1, 4), (3, 3), (2, 2), (-9, 99), (9, 99), (4, 1)])
+def test_the_files_of_frames_are_told_within_two_times(written, first, last):
+    within = [None if step is None else at(step) for step in (first, last)]
+    known = dict(zip(written.times, written.digests(), strict=True))
+    expected = {
+        time: digest
+        for time, digest in known.items()
+        if digest and (first is None or within[0] <= time <= within[1])
+    }
+    assert written.sources(*within) == expected
+    between = [None if time is None else time + timedelta(seconds=1) for time in within]
+    assert written.sources(between[0], within[1]) == {
+        time: digest for time, digest in expected.items() if first is None or time >= between[0]
+    }
 
 
 def test_a_pickled_cube_reads_the_same_snapshot(tmp_path):
@@ -581,3 +597,15 @@ def test_a_full_disk_fails_the_commit_whole_and_the_next_one_goes_on_when_there_
     enlarge()
     assert Cube.open(store.path).write([frame(200, grid=grid)]).new == 1
     np.testing.assert_array_equal(Cube.open(store.path).block(at(200), 1)[0], rain(200, grid))
+
+
+def test_the_grid_of_a_cube_can_be_asked_for_by_its_path(written, tmp_path):
+    assert cube.grid_from_path(written.path) == GRID
+    with pytest.raises(ValueError, match="no such file"):
+        cube.grid_from_path(str(tmp_path / "nothing.yaml"))
+
+
+def test_a_projection_that_cf_has_no_full_name_for_comes_back_whole(tmp_path):
+    grid = Grid("EPSG:21781", 600_000.0, 1000.0, 4, 200_000.0, -1000.0, 3)  # Swiss, oblique Mercator
+    new(tmp_path / "cube", grid)
+    assert Cube.open(str(tmp_path / "cube")).grid == grid

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from pipelines import decode as decoding
-from pipelines import sandbox
 from pipelines.decode import Decoder, decode
+from pipelines.decoding import sandbox
+from pipelines.decoding.reader import Limits, Readers
+from pipelines.decoding.refusal import Code, Refusal
 from pipelines.grid import Grid
-from pipelines.reader import Limits, Readers
-from pipelines.refusal import Code, Refusal
 from pipelines.sources.simulated import Simulated
 from pipelines.sources.source import RemoteFile, Source
 
@@ -52,7 +52,10 @@ class Actor:
     trusted: ClassVar[bool] = False
 
     def files(self, start, end):
-        for path in sorted(Path(self.path).glob("*.txt")):
+        place = Path(self.path)
+        for path in sorted(place.glob("*.txt")) if place.is_dir() else [place]:
+            if path.read_text() == "crash":
+                ctypes.string_at(0)
             yield RemoteFile(path.read_text(), start)
 
     def read(self, file):
@@ -331,6 +334,20 @@ def test_a_list_that_leads_out_of_the_sources_folder_is_refused(actor, play, tmp
         Path(inside.url).write_text(f"{tmp_path}/plays/../actor_source.py")
         with pytest.raises(Refusal, match="not within"):
             decoder.files(None, None)
+
+
+def test_a_file_that_ends_whoever_lists_it_does_not_stop_the_others(actor, play, tmp_path):
+    files = [play(text) for text in ("well", "fill 0", "crash")]
+    for file in files[:2]:
+        Path(file.url).write_text(file.url)
+    with Decoder(type(actor)(path=str(tmp_path / "plays"))) as decoder:
+        assert decoder.files(MIDNIGHT, None) == [
+            RemoteFile(files[1].url, MIDNIGHT),
+            RemoteFile(files[0].url, MIDNIGHT),
+            RemoteFile(files[2].url, None),
+        ]
+        with pytest.raises(Refusal, match="signal 11"):
+            decoder.decode(RemoteFile(files[2].url, None))
 
 
 def test_listing_that_fails_is_a_reason_too(actor, tmp_path):

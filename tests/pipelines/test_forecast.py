@@ -16,7 +16,7 @@ from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
 from pipelines import run_blocks
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
-from pipelines.cf import RAINFALL_RATE
+from pipelines.cf import PRECIPITATION_FLAG, RAINFALL_RATE
 from pipelines.cube import Cube
 from pipelines.forecast import forecast, from_path
 from pipelines.frame import Frame
@@ -310,7 +310,7 @@ BINS = RainBins((0.1, 1.0, 5.0), 20.0)
 
 
 def network(cadence: float = 5.0, leads: tuple[float, ...] = (5.0, 10.0)) -> TrainedModel:
-    card = {"cadence_minutes": cadence, "lead_times": list(leads)}
+    card = {"cadence_minutes": [cadence], "lead_times": list(leads)}
     return TrainedModel(Network(), card, "ab" * 32)  # type: ignore[arg-type]
 
 
@@ -373,3 +373,10 @@ def test_a_model_that_is_neither_folder_nor_baseline_is_told_what_there_is(tmp_p
         from_path("persistance")
     with pytest.raises(ValueError, match=r"model\.json"):
         from_path(str(tmp_path))
+
+
+def test_what_is_no_rain_is_not_forecast(tmp_path, store):
+    path = str(tmp_path / "flags")
+    Cube.open_or_create(path, grid(), PRECIPITATION_FLAG, START, 5 * MINUTE)
+    with pytest.raises(ValueError, match=r"holds precipitation_flag \(1\), and rain is forecast from"):
+        forecast(path, Persistence(), store)

@@ -1,15 +1,19 @@
 """`ingest`: files become a cube, once, whatever some of the files are."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,10 +24,12 @@ import pytest
 from pipelines.cube import Cube
 from pipelines.frame import Frame
 from pipelines.grid import Grid
-from pipelines.ingest import ingest
+from pipelines.ingest import LOOKBACK, _since, ingest
 from pipelines.regrid import regrid
+from pipelines.repository import Repository
 from pipelines.sources.fmi import Fmi
 from pipelines.sources.mrms import Mrms
+from pipelines.sources.nwcsaf import NwcsafHdf5
 from pipelines.sources.simulated import Simulated
 from pipelines.sources.source import RemoteFile
 
@@ -379,3 +385,134 @@ def test_a_feed_is_followed_until_it_is_told_to_stop(place, data, s3, tmp_path):
 def test_a_source_whose_names_tell_nothing_cannot_be_followed(tmp_path):
     with pytest.raises(ValueError, match="source=Simulated: cannot be followed"):
         ingest(SMALL, str(tmp_path / "cube"), follow=True)
+
+
+@dataclass
+class Odd(Flaky):
+    """The simulated source, whose frame of the first file is valid at another time."""
+
+    odd_time: datetime = START
+
+    def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
+        first, *rest = SMALL.files(None, None)
+        yield from (replace(first, valid_time=self.odd_time), *rest)
+
+    def read(self, file: RemoteFile) -> Frame:
+        frame = SMALL.read(replace(file, valid_time=None))
+        return replace(frame, valid_time=self.odd_time) if file.valid_time == self.odd_time else frame
+
+
+@pytest.mark.parametrize("odd", [START + timedelta(minutes=2), datetime(1950, 1, 1, tzinfo=UTC)])
+def test_a_first_new_file_of_a_time_off_the_axis_does_not_stop_the_rest(odd, tmp_path):
+    cube, files = str(tmp_path / "cube"), list(SMALL.files(None, None))
+    ingest(SMALL, cube, start=files[5].valid_time, end=files[5].valid_time)
+    result = ingest(Odd(odd_time=odd), cube)
+    assert (result.new, result.quarantined) == (len(files) - 2, 1)
+    assert json.loads(Path(result.quarantine).read_text())["code"] == "not_of_this_cube"
+
+
+def test_a_damaged_first_file_of_times_that_another_group_has_does_not_hide_the_others(tmp_path):
+    class Satellite(Flaky):
+        def read(self, file: RemoteFile) -> Frame:
+            return replace(super().read(file), group="satellite")
+
+    cube, count = str(tmp_path / "cube"), len(list(SMALL.files(None, None)))
+    ingest(SMALL, cube)
+    result = ingest(Satellite(frozenset({0})), cube)
+    assert (result.group, result.new, result.quarantined) == ("satellite", count - 1, 1)
+
+
+def test_two_files_of_one_time_do_not_take_turns_when_restated(tmp_path):
+    class Twice(Flaky):
+        def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
+            for number, file in enumerate(SMALL.files(start, end)):
+                for name in ("first", "second"):
+                    path = tmp_path / f"{number}.{name}"
+                    path.write_text(str(path))
+                    yield replace(file, url=str(path))
+
+        def read(self, file: RemoteFile) -> Frame:
+            self.read_names.append(file.url)
+            frame = SMALL.read(list(SMALL.files(None, None))[int(Path(file.url).stem)])
+            return replace(frame, sha256=hashlib.sha256(Path(file.url).read_bytes()).hexdigest())
+
+    cube, count = str(tmp_path / "cube"), len(list(SMALL.files(None, None)))
+    first = ingest(Twice(), cube, restate=True)
+    assert (first.new, first.restated) == (count, count)
+    again = ingest(Twice(), cube, restate=True)
+    assert (again.new, again.restated, again.snapshot) == (0, 0, first.snapshot)
+
+
+def test_an_ingest_goes_on_where_another_one_had_only_made_the_repository(tmp_path):
+    Repository.open_or_create(str(tmp_path / "cube"))
+    assert ingest(SMALL, str(tmp_path / "cube")).new == len(list(SMALL.files(None, None)))
+
+
+def test_a_torn_line_of_the_quarantine_stops_nothing(tmp_path):
+    path = tmp_path / "cube.quarantine.jsonl"
+    path.write_bytes(b'[]\n{"path": "x", "sh\xc3')
+    assert ingest(Flaky(frozenset({3})), str(tmp_path / "cube")).quarantined == 1
+    assert json.loads(path.read_bytes().splitlines()[-1])["code"] == "damaged"
+
+
+def test_a_pipe_in_place_of_a_file_is_quarantined(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "PrecipRate_00.00_20190610-004000.grib2")
+    with pytest.raises(ValueError, match="no plain file"):
+        ingest(Mrms(str(folder)), str(tmp_path / "cube"))
+
+
+def test_a_lack_of_room_is_no_damage_of_a_file(tmp_path):
+    class Full(Flaky):
+        def read(self, file: RemoteFile) -> Frame:
+            if len(self.read_names) == 5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().read(file)
+
+    with pytest.raises(OSError, match="No space left"):
+        ingest(Full(), str(tmp_path / "cube"), batch=2)
+    assert not (tmp_path / "cube.quarantine.jsonl").exists()
+    assert Cube.open(str(tmp_path / "cube")).observed.sum() == 4
+
+
+def test_a_window_outside_the_frames_puts_no_file_into_quarantine(tmp_path):
+    with pytest.raises(ValueError, match="reaches outside the grid"):
+        ingest(SMALL, str(tmp_path / "cube"), window=[0, 0, 25, 8])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.data
+def test_a_file_that_a_server_refuses_does_not_end_the_others(data, tmp_path):
+    class Site(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(tmp_path / "site"))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "site").mkdir()
+    first, gone, third = fmi_files(data, 3)
+    for path in (first, third):
+        shutil.copyfile(path, tmp_path / "site" / path.name)
+    (tmp_path / "site" / gone.name).symlink_to("nowhere")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = Fmi(path=f"http://127.0.0.1:{server.server_port}/")
+        window, start = [400, 300, 64, 64], "2017-05-09T00:00Z"
+        result = ingest(source, str(tmp_path / "cube"), window=window, start=start)
+        server.shutdown()
+    assert (result.new, result.quarantined) == (2, 1)
+    assert json.loads(Path(result.quarantine).read_text())["code"] == "unreachable"
+
+
+def test_a_feed_begins_behind_the_frames_of_its_own_group(tmp_path):
+    cube = str(tmp_path / "cube")
+    ingest(SMALL, cube)
+    ingest(SMALL, cube, group="satellite", end=START)
+    url = "s3://bucket/x"
+    assert _since(Fmi(path=url), cube, None) == Cube.open(cube).times[-1] - LOOKBACK
+    assert (
+        _since(NwcsafHdf5(SMALL.grid, path=url), cube, None)
+        == Cube.open(cube, "satellite").times[-1] - LOOKBACK
+    )

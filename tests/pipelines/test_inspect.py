@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from pipelines.baselines.persistence import Persistence
-from pipelines.cf import RAINFALL_RATE
+from pipelines.cf import RAINFALL_RATE, REFLECTIVITY
 from pipelines.cube import Cube
 from pipelines.forecast import forecast
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.inspect import inspect
 from pipelines.palette import MISSING_COLOUR, RAIN_COLOURS, RAIN_LEVELS, rain_colours
+from pipelines.repository import Repository
 from pipelines.runs import ForecastStore
 
 START = datetime(2020, 6, 1, tzinfo=UTC)
@@ -76,6 +77,23 @@ def test_a_cube_is_told_in_numbers(cube):
     assert "MB in" in facts["size"] and found.picture is None
     for label, text in facts.items():
         assert label in str(found) and text.split()[0] in str(found)
+
+
+def test_what_is_no_rain_rate_is_not_told_as_one(tmp_path):
+    path = str(tmp_path / "cube")
+    opened = Cube.open_or_create(path, GRID, REFLECTIVITY, START, timedelta(minutes=5))
+    digest = sha256(b"dBZ").hexdigest()
+    opened.write([Frame(REFLECTIVITY, START, timedelta(minutes=5), GRID, field(40.0), "test", digest)])
+    told = str(inspect(path, None))
+    assert f"40 {REFLECTIVITY.units}, in 1 frames" in told
+    assert "mm/h" not in told
+
+
+def test_a_repository_without_a_commit_says_so(tmp_path):
+    path = str(tmp_path / "cube")
+    Repository.open_or_create(path)
+    with pytest.raises(ValueError, match="nothing was written here yet"):
+        inspect(path, None)
 
 
 def test_the_picture_of_a_cube_is_its_newest_frame(cube, tmp_path):

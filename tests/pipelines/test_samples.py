@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.grid import Grid
-from pipelines.samples import Samples, Span, collate, split
+from pipelines.samples import Mixed, Samples, Span, collate, split
 
 START = datetime(2024, 6, 1, tzinfo=UTC)
 FIVE = timedelta(minutes=5)
@@ -244,3 +244,32 @@ def test_a_cube_without_an_observed_pixel_is_refused():
     cube = Field(np.full((30, 16, 16), np.nan, np.float32))
     with pytest.raises(ValueError, match="nothing to learn from"):
         Samples(cube, np.arange(2, 20), SPAN, crop=16, count=3)[0]
+
+
+def test_of_several_cadences_only_the_lead_times_that_fit_count():
+    ten = timedelta(minutes=10)
+    assert Span.of_those(ten, 3, [5, 10, 15, 30]).leads == (1, 3)
+    assert Span.of_those(FIVE, 3, [5, 10, 15, 30]).leads == (1, 2, 3, 6)
+    with pytest.raises(ValueError, match="no multiple of the cube's cadence, 10 minutes"):
+        Span.of_those(ten, 3, [5, 15])
+
+
+def test_a_batch_is_of_one_cube_and_every_cube_has_its_turn():
+    ten = timedelta(minutes=10)
+    cubes = [telling(), replace(telling(), cadence=ten), Field(telling().rain + 100)]
+    parts = [
+        Samples(cube, np.arange(2, 30), Span(3, (1, 2)), crop=16, seed=n) for n, cube in enumerate(cubes)
+    ]
+    mixed = Mixed(parts, batch_size=4, seed=3)
+    seen = []
+    for first in range(0, 240, 4):
+        batch = collate([mixed[index] for index in range(first, first + 4)])
+        minutes = (batch.lead_time[0].item(), bool(batch.radar.min() > 100))
+        seen.append(minutes)
+    assert {place: seen.count(place) > 10 for place in seen} == dict.fromkeys(
+        [(5.0, False), (10.0, False), (5.0, True)], True
+    )
+    again = Mixed(parts, batch_size=4, seed=3)
+    assert torch.equal(again[101].radar, mixed[101].radar)
+    with pytest.raises(ValueError, match="0 cubes"):
+        Mixed([], 4)

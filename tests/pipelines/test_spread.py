@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from distributed import LocalCluster
 
 from pipelines.spread import spread
 
@@ -27,6 +28,19 @@ def test_workers_answer_in_the_order_of_the_items():
         assert not workforce.is_here
         assert list(workforce.map(square, iter(range(20)))) == [n * n for n in range(20)]
         assert os.getpid() not in set(workforce.map(worker, range(8)))
+
+
+@pytest.mark.slow
+def test_a_scheduler_without_workers_is_an_error_and_not_a_wait_for_ever(monkeypatch):
+    monkeypatch.setattr("pipelines.spread.PATIENCE", 1)
+    with (
+        LocalCluster(
+            n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs=50
+        ) as cluster,
+        spread(scheduler=cluster.scheduler_address) as workforce,
+        pytest.raises(OSError, match="has no workers"),
+    ):
+        list(workforce.map(square, range(3)))
 
 
 @pytest.mark.parametrize(

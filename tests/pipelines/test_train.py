@@ -86,14 +86,25 @@ def _one_thread():
 def trained_on(cube, run, steps, **changed):
     """`metnet train` with numbers small enough for a test."""
     settings = {"lead_times": [5, 10, 15], "crop": 16, "batch_size": 2, "check_every": 3}
-    settings |= {"validation_samples": 3, "leads_per_step": 2, "learning_rate": 0.01} | changed
+    settings |= {
+        "prior_steps": 0,
+        "validation_samples": 3,
+        "leads_per_step": 2,
+        "learning_rate": 0.01,
+    } | changed
     trainer = {"max_steps": steps}
     return train(
-        cube=str(cube),
+        cube=cube if isinstance(cube, list) else str(cube),
         run=str(run),
         model=construct(MODEL, ("metnet.",)),
         trainer=partial(Trainer, accelerator="cpu", **trainer),
-        config={"cube": str(cube), "run": str(run), "model": MODEL, "trainer": trainer, **settings},
+        config={
+            "cube": cube if isinstance(cube, list) else str(cube),
+            "run": str(run),
+            "model": MODEL,
+            "trainer": trainer,
+            **settings,
+        },
         **settings,
     )
 
@@ -116,42 +127,45 @@ def a_batch():
     return Batch(rain, age, torch.tensor([0]), lead_time, torch.tensor([1000.0]), motion)
 
 
-def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_path):
+def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_path, monkeypatch):
     made = []
 
-    def remembered():
-        made.append(construct(MODEL, ("metnet.",))())
+    def remembered(*arguments):
+        made.append(Task(*arguments))
         return made[0]
 
+    monkeypatch.setattr("pipelines.train.Task", remembered)
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 3, "validation": 0.0}
+    settings["prior_steps"] = 5
     train(
-        str(cube), str(tmp_path), remembered, partial(Trainer, max_steps=3, accelerator="cpu"),
+        str(cube), str(tmp_path), construct(MODEL, ("metnet.",)), partial(Trainer, max_steps=3, accelerator="cpu"),
         config={"model": MODEL}, **settings,
     )  # fmt: skip
     with torch.inference_mode():
-        expected = made[0].eval()(a_batch()).probability
+        expected = made[0].average(a_batch()).probability
     assert torch.equal(trained(tmp_path)(a_batch()).probability, expected)
 
 
 def test_training_lowers_the_loss(cube, tmp_path):
-    short = trained_on(cube, tmp_path / "short", steps=3)
     long = trained_on(cube, tmp_path / "long", steps=60, check_every=20)
     assert long.steps == 60
-    assert long.validation["val_loss"] < 0.7 * short.validation["val_loss"]
+    assert long.validation["val_crps"] < 0.9 * long.validation["val_crps_prior"]
 
 
 def test_the_card_says_where_the_model_comes_from(cube, run):
     card = json.loads((run / "model.json").read_text())
-    assert card["cube"] == {"path": cube, "snapshot": Cube.open(cube).snapshot}
+    assert card["cubes"] == [
+        {"path": cube, "snapshot": Cube.open(cube).snapshot, "cell_size": pytest.approx(1000.0)}
+    ]
     assert card["sha256"] == hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
-    assert (card["frames"], card["cadence_minutes"], card["lead_times"]) == (2, 5.0, [5.0, 10.0, 15.0])
+    assert (card["frames"], card["cadence_minutes"], card["lead_times"]) == (2, [5.0], [5.0, 10.0, 15.0])
     assert card["config"]["model"] == MODEL
     assert card["steps"] == 6
     assert card["validation"]["val_crps"] > 0
     assert len(card["bins"]["edges"]) == 19
     assert card["software"].startswith("metnet-nowcast ")
     forecaster = trained(run)
-    assert (forecaster.frames, forecaster.cadence, forecaster.lead_times) == (2, FIVE, (5.0, 10.0, 15.0))
+    assert (forecaster.frames, forecaster.cadences, forecaster.lead_times) == (2, (FIVE,), (5.0, 10.0, 15.0))
 
 
 def test_a_finished_run_is_left_alone_and_says_so(cube, run):
@@ -302,8 +316,8 @@ def test_the_learning_rate_rises_then_falls():
                "metnet.rain._quantile", "metnet", 7, None, "metnet.model.MetNet.__init__.__globals__"],
 )  # fmt: skip
 def test_a_model_file_can_only_make_what_is_in_metnet(target):
-    with pytest.raises(ValueError, match="expected a class or function of this software's `metnet` package"):
-        construct({"_target_": target})
+    with pytest.raises(ValueError, match="expected a class or function of this software's `metnet`"):
+        construct({"_target_": target}, ("metnet.",))
 
 
 def test_a_nested_foreign_target_is_refused_too(run, tmp_path):
@@ -316,12 +330,12 @@ def test_a_nested_foreign_target_is_refused_too(run, tmp_path):
 
 
 def test_a_written_call_becomes_the_object_it_names():
-    bins = construct({"_target_": "metnet.rain.RainBins.linear", "width": 0.5, "count": 4})
+    bins = construct({"_target_": "metnet.rain.RainBins.linear", "width": 0.5, "count": 4}, ("metnet.",))
     assert bins.edges == (0.5, 1.0, 1.5)
-    attention = construct(ATTENTION)
+    attention = construct(ATTENTION, ("metnet.",))
     assert isinstance(attention(8), AxialAttention)
     with pytest.raises(ValueError, match="unexpected keyword"):
-        construct({"_target_": "metnet.model.MetNet", "chanels": 8})
+        construct({"_target_": "metnet.model.MetNet", "chanels": 8}, ("metnet.",))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +381,41 @@ def test_a_network_that_diverged_is_never_written(cube, tmp_path, monkeypatch):
 
 def test_a_training_that_spoils_the_start_gives_the_start_back(cube, tmp_path, caplog):
     spoiled = trained_on(cube, tmp_path, steps=3, learning_rate=1.0).validation
-    assert spoiled["val_crps"] == spoiled["val_crps_untrained"]
+    assert spoiled["val_crps"] == spoiled["val_crps_prior"]
     assert "the untrained network validates better" in caplog.text
     kept = load_file(tmp_path / "model.safetensors")
     assert not kept["head.classify.weight"].any(), "its last layer still says nothing"
+
+
+def test_the_prior_is_fitted_first_and_kept_for_a_training_that_goes_on(cube, tmp_path):
+    plain = trained_on(cube, tmp_path / "plain", steps=1, learning_rate=1e-9).validation
+    fitted = trained_on(cube, tmp_path / "fitted", steps=1, learning_rate=1e-9, prior_steps=40).validation
+    assert fitted["val_loss"] < plain["val_loss"]
+    kept = load_file(tmp_path / "fitted" / "prior.safetensors")
+    assert kept["level"].any() and torch.equal(kept["level"], weights_of(tmp_path / "fitted")["prior.level"])
+    before = (tmp_path / "fitted" / "prior.safetensors").stat().st_mtime_ns
+    trained_on(cube, tmp_path / "fitted", steps=2, learning_rate=1e-9, prior_steps=40)
+    assert (tmp_path / "fitted" / "prior.safetensors").stat().st_mtime_ns == before
+
+
+def test_several_cubes_are_learned_from_and_others_validated_on(cube, tmp_path):
+    result = trained_on([cube, cube], tmp_path, steps=2, validation_cubes=[cube, cube])
+    card = json.loads((tmp_path / "model.json").read_text())
+    assert [each["path"] for each in card["cubes"]] == [cube, cube]
+    assert len(card["validation_cubes"]) == 2 and result.validation["val_crps"] > 0
+    with pytest.raises(ValueError, match="at least one to learn from"):
+        trained_on([], tmp_path / "none", steps=1)
+
+
+def test_the_kept_weights_follow_the_newest_slowly(cube, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("pipelines.train.Task", lambda *given: made.append(Task(*given)) or made[0])
+    trained_on(cube, tmp_path, steps=9, validation=0.0)
+    newest, average = (dict(part.named_parameters()) for part in (made[0].network, made[0].average))
+    start = construct(MODEL, ("metnet.",))().state_dict()
+    moved = {
+        name: ((newest[name] - start[name]).norm(), (average[name] - start[name]).norm()) for name in newest
+    }
+    assert all(weight.requires_grad is False for weight in average.values())
+    assert sum(slow < fast for fast, slow in moved.values()) > len(moved) / 2
+    assert torch.equal(weights_of(tmp_path)["head.classify.weight"], average["head.classify.weight"])

@@ -521,7 +521,7 @@ def test_a_bucket_with_credentials_is_read_by_signed_requests(bucket, store, tmp
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
     clock = FakeClock()
     feed, file = one_file(bucket, tmp_path, clock, start=DAY)
-    store.faults = [faulty_store.truncate(), faulty_store.status(503, Retry_After="86397")]
+    store.faults = [faulty_store.truncate(), faulty_store.status(503, Retry_After="17")]
     assert Path(feed.fetch(file).url).read_bytes() == content(file.entry.key)
     assert all("X-Amz-Signature" in path for path in store.requests[-3:])
     assert 17 < sum(clock.slept) < 21
@@ -627,6 +627,23 @@ def test_links_are_not_followed(tmp_path):
     (tmp_path / "in" / name(DAY, "")).symlink_to(tmp_path / "secret" / name(DAY, ""))
     (tmp_path / "in" / "folder").symlink_to(tmp_path / "secret")
     assert open_feed(Named(str(tmp_path / "in")), tmp_path / "cache", clock=FakeClock()).listing() == []
+
+
+def test_a_folder_may_be_called_anything_but_a_half(tmp_path):
+    for folder in ("my data é", "incoming.tmp"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / name(DAY, "")).write_bytes(b"x")
+    clock = FakeClock()
+    feed = open_feed(Named(str(tmp_path / "in")), tmp_path / "cache", quiet=0, clock=clock)
+    assert keys(feed.listing()) == [f"my data é/{name(DAY, '')}"]
+
+
+def test_a_page_that_tells_no_versions_is_read_once(page, tmp_path):
+    key = name(DAY, "")
+    page.pages["/radar/"] = Answer(200, {}, f'<ul><li><a href="{key}">{key}</a></li></ul>'.encode())
+    feed = open_feed(Named(f"{page.url}/radar"), tmp_path / "cache", clock=FakeClock())
+    assert keys(feed.listing()) == [key]
+    assert feed.listing() == []
 
 
 INDEX = """<html><body><h1>Index of /radar</h1><pre><a href="?C=N;O=D">Name</a> <a href="../">Parent</a>
@@ -753,6 +770,15 @@ def test_following_asks_at_other_moments_each_time_and_ends_when_it_should(tmp_p
     assert told == [f"{tmp_path}/: waiting for the next file"]
     clock.stopped = True
     assert list(feed.follow(60)) == []
+
+
+def test_a_bucket_that_is_not_there_ends_the_following_with_credentials_too(
+    bucket, store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+    feed = open_feed(Named("s3://not-there/radar"), tmp_path / "cache", clock=FakeClock())
+    with pytest.raises(DeniedError, match="404"):
+        next(feed.follow(30))
 
 
 def test_a_refused_first_listing_ends_the_following(bucket, store, anonymous, tmp_path):

@@ -1,9 +1,9 @@
 """`Readers`: processes that read hostile files; both ends of the pipes between them and us.
 
 A fresh Python imports the source once and forks a reader, and another one after every file that was refused
-or after some that were not. A reader confines itself to what it is to read (`pipelines.sandbox`) and to
-limits of memory, time and written bytes before it opens the first file, and hands back plain bytes, which
-are checked here as if a stranger had sent them.
+or after some that were not. A reader confines itself to what it is to read (`pipelines.decoding.sandbox`)
+and to limits of memory, time and written bytes before it opens the first file, and hands back plain bytes,
+which are checked here as if a stranger had sent them.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import sandbox
 from pipelines.cf import Variable
+from pipelines.decoding import sandbox
+from pipelines.decoding.refusal import Code, Refusal
 from pipelines.frame import Frame
 from pipelines.grid import Grid
-from pipelines.refusal import Code, Refusal
 from pipelines.sources.source import RemoteFile, Source
 
 LARGEST_FRAME = 2 * 2**30  # bytes of values
@@ -73,8 +73,8 @@ class Limits:
     """What reading one file may cost."""
 
     memory: int = 6 * 2**30  # bytes of address space; libraries reserve far more than they use
-    seconds: float = 60.0  # of wall clock, and again of processor
-    listing: float = 600.0  # seconds that listing a source's files may take, which opens some formats' files
+    seconds: float = 20.0  # of wall clock, and again of processor
+    listing: float = 300.0  # seconds that listing a source's files may take, which opens some formats' files
     size: int = 8 * 2**30  # bytes of the file
     written: int = 2**20  # bytes of any one file, the reader's own messages included
     files: int = 100  # frames that one process reads before a fresh one takes over
@@ -97,7 +97,7 @@ class Readers:
         paths = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
         inherited = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipelines.reader", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "pipelines.decoding.reader", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env={**inherited, **ENVIRONMENT, "PYTHONPATH": paths},
             stdin=subprocess.DEVNULL,
@@ -128,14 +128,20 @@ class Readers:
             reason = f"{reader.name}: its reader gave no valid frame: {error}"
             raise Refusal(_code(error, Code.INVALID), reason) from error
 
-    def files(self, start: datetime | None, end: datetime | None, readable: list[Path]) -> list[RemoteFile]:
-        """What the source has within [start, end], listed by a process that can open nothing but `readable`.
+    def files(
+        self, start: datetime | None, end: datetime | None, place: Path | None, part: bool = False
+    ) -> list[RemoteFile]:
+        """What the source has within [start, end], listed by a process that can open nothing but `place`.
+
+        That is where the source's files lie, or a `part` of it to list alone.
 
         Raises:
             Refusal: as `frame`, or if the source finds nothing of its own.
         """
-        reader = self._for("listing the files", readable, self.limits.listing)
-        told = self._answer(reader, {"start": _text(start), "end": _text(end)}, LARGEST_LIST)
+        seconds = self.limits.seconds if part else self.limits.listing
+        reader = self._for("listing the files", [] if place is None else [place], seconds)
+        request = {"start": _text(start), "end": _text(end), "part": str(place) if part else None}
+        told = self._answer(reader, request, LARGEST_LIST)
         self._end_reader()
         try:
             return [RemoteFile(str(url), _time(valid_time)) for url, valid_time in told["files"]]
@@ -412,7 +418,9 @@ def _answer(answers: int, source: Source, request: dict[str, str | None]) -> Non
     name = Path(request.get("url") or "listing the files").name
     try:
         if "url" not in request:
-            found = source.files(_time(request["start"]), _time(request["end"]))
+            path = request["part"]
+            part: Source = source if path is None else replace(cast(Any, source), path=path)
+            found = part.files(_time(request["start"]), _time(request["end"]))
             files = [(file.url, _text(file.valid_time)) for file in found]
             _send(answers, json.dumps({"files": files}).encode())
             return

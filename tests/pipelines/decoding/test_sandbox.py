@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import sandbox
+from pipelines.decoding import sandbox
 
 landlock = pytest.mark.skipif(
     sandbox.landlock_version() == 0, reason="this kernel has no Landlock: files cannot be closed to a process"
@@ -21,7 +21,7 @@ filtered = pytest.mark.skipif(
 ATTEMPTS = """
 import os, socket, subprocess, sys, threading
 from pathlib import Path
-from pipelines import sandbox
+from pipelines.decoding import sandbox
 
 sandbox.confine([Path(path) for path in sys.argv[1:]])
 for line in sys.stdin:

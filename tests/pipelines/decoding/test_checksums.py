@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import checksums
-from pipelines.checksums import digest, published
+from pipelines.decoding import checksums
+from pipelines.decoding.checksums import digest, published
 
 CONTENT = b"rain"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

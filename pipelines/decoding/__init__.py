@@ -1,0 +1,1 @@
+"""How a file from outside is read where it can do no harm, and why it is refused."""
