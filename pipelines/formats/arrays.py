@@ -228,15 +228,9 @@ class _Hdf5Array:
         own = str(self.dataset.name).rsplit("/", 1)[-1]
         if self.dataset.is_scale and self.dataset.ndim == 1:
             return (own,)
-        # `Dataset.dims` asks HDF5, which counts for ever in a damaged list
-        listed = self.dataset.attrs.get("DIMENSION_LIST", [()] * self.dataset.ndim)
-        if len(listed) != self.dataset.ndim:
-            raise ValueError(
-                f"{self.dataset.name} has {self.dataset.ndim} dimensions and names {len(listed)}"
-            )
         return tuple(
-            str(self.dataset.file[scales[0]].name).rsplit("/", 1)[-1] if len(scales) else f"{own}_{place}"
-            for place, scales in enumerate(listed)
+            str(scales[0].name).rsplit("/", 1)[-1] if len(scales) else f"{own}_{place}"
+            for place, scales in enumerate(self.dataset.dims)
         )
 
     @cached_property
