@@ -145,7 +145,10 @@ class Decoder:
         return list(within(found, start, end))
 
     def _running(self) -> Readers:
-        if self._readers is None or not self._readers.alive:
+        if self._readers is not None and not self._readers.alive:
+            self._readers.end()
+            self._readers = None
+        if self._readers is None:
             _warn_of_open_files()
             self._readers = Readers(self.source, self.limits)
         return self._readers

@@ -90,7 +90,6 @@ class Readers:
             Refusal: if it does not come up, as where it cannot import the source.
         """
         self.limits = limits
-        self.alive = True
         self.messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self.control, theirs = Pipe()
         self._reader: _Reader | None = None
@@ -148,9 +147,13 @@ class Readers:
         except Exception as error:
             raise Refusal(Code.INVALID, f"{reader.name}: its reader gave no list: {error}") from error
 
+    @property
+    def alive(self) -> bool:
+        """Whether the Python that they are forked from still runs; nothing else forks another reader."""
+        return self.process.poll() is None
+
     def end(self) -> None:
         """Ends all processes, whatever they are doing."""
-        self.alive = False
         self._leave()
         self.control.close()  # at which the Python that forks ends what it has forked, and itself
         try:
