@@ -34,6 +34,7 @@ COMMANDS = (
     "train",
     "forecast",
     "verify",
+    "bench-skill",
     "serve",
 )
 

@@ -72,6 +72,11 @@ SAMPLES = (
     Sample("smhi_openmrg", "smhi_openmrg/openmrg_rad_20150725.nc"),
     Sample("srtm", "dem/srtm3_azores"),
     Sample("xband", "xband_cagliari/2018-05-01_23:30:04.png"),
+    Sample(
+        "glm_lcfa", "goes/glm_l2_lcfa/OR_GLM-L2-LCFA_G16_s20181830433200_e20181830433400_c20181830433424.nc"
+    ),
+    Sample("meteonet_quality", "meteonet/radar/rainfall_mean_quality-code_NW_2016_08.3.npz"),
+    Sample("nexrad", "nexrad_l2/KLBB20160601_150025_V06"),
 )
 
 Damage = Callable[[bytes, random.Random], bytes]
@@ -224,10 +229,10 @@ class Account:
         return sum(self.changed) / max(1, self.accepted)
 
 
-def source_of(config: str, folder: Path) -> Source:
-    """The source of configs/source/, with its files in a folder."""
+def source_of(config: str, folder: Path, **settings: object) -> Source:
+    """The source of configs/source/, with its files in a folder, and with other settings than its own."""
     page = yaml.safe_load((ROOT / "configs" / "source" / f"{config}.yaml").read_text())
-    built: Source = instantiate(OmegaConf.create({**page, "path": str(folder)}), _convert_="all")
+    built: Source = instantiate(OmegaConf.create({**page, "path": str(folder), **settings}), _convert_="all")
     return built
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.endurance [kills|writers|feeds] [--count N]`: the cube under what must not hurt it.
+"""`python -m benchmarks.endurance [kills|writers|feeds] [--s3]`: the cube under what must not hurt it.
 
 kills: a writer is killed (SIGKILL) at a random moment of its work, again and again, on one cube. No frame
 that it had acknowledged may be lost, none may show half, and the next writer must go on.
@@ -6,9 +6,11 @@ writers: eight processes write their own frames to one cube at once. Every ackno
 cube and in its history, each frame once.
 feeds: the frames of a feed come late, twice, out of order and restated. The cube must equal that of the
 ordered feed.
+--s3: the cubes of kills and writers lie in a bucket of moto's server, which stands in for an object store.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import random
@@ -16,7 +18,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from multiprocessing.connection import Connection
@@ -84,10 +88,17 @@ def check(path: str, grid: Grid, steps: range, told: Connection) -> None:
 def started(work: Callable[..., None], *arguments: object) -> tuple[multiprocessing.Process, Connection]:
     """A process that does this work and tells of it."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("forkserver").Process(target=work, args=(*arguments, theirs))
+    given = (dict(os.environ), work, *arguments, theirs)
+    process = multiprocessing.get_context("forkserver").Process(target=within, args=given)
     process.start()
     theirs.close()
     return process, ours
+
+
+def within(environment: dict[str, str], work: Callable[..., None], *arguments: object) -> None:
+    """Does work in an environment: that of the process which forks is older than ours."""
+    os.environ |= environment
+    work(*arguments)
 
 
 def heard(told: Connection) -> list[object]:
@@ -100,9 +111,28 @@ def heard(told: Connection) -> list[object]:
             return every
 
 
-def kills(folder: Path, count: int) -> str:
-    """Kills writers; see the top."""
-    path, noise = str(folder / "cube"), random.Random(1)
+@dataclass(frozen=True)
+class Killed:
+    """What became of the frames of writers that were killed."""
+
+    kills: int
+    at_work: int  # kills that met a process that had not ended yet
+    acknowledged: int
+    lost: int  # acknowledged, and not in the cube
+    visible: int  # each once and whole, unless a check failed
+    failed: int  # checks that found half a frame, or more frames than were written
+
+    def __str__(self) -> str:
+        """The line that is printed."""
+        return (
+            f"{self.kills} kills ({self.at_work} at work): {self.acknowledged} frames acknowledged, "
+            f"{self.lost} lost, {self.visible} visible, each once and whole; {self.failed} checks failed"
+        )
+
+
+def kills(path: str, count: int) -> Killed:
+    """Kills writers of the cube at a path; see the top."""
+    noise = random.Random(1)
     acknowledged = lost = shown = failed = 0
     at_work = 0
     for kill in track(range(count), "killing", total=count):
@@ -114,7 +144,7 @@ def kills(folder: Path, count: int) -> str:
         os.kill(writer.pid or 0, signal.SIGKILL)
         known = [*first, *heard(told)]
         writer.join()
-        if not Path(path).exists():
+        if not known and not is_there(path):
             continue  # killed before the cube was made
         checker, told = started(check, path, GRID, steps)
         answer = heard(told)
@@ -125,15 +155,20 @@ def kills(folder: Path, count: int) -> str:
             acknowledged, shown = acknowledged + len(known), shown + len(visible)
             lost += len(set(known) - set(visible))
             failed += total != shown
-    return (
-        f"{count} kills ({at_work} at work): {acknowledged} frames acknowledged, {lost} lost, "
-        f"{shown} visible, each once and whole; {failed} checks failed"
-    )
+    return Killed(count, at_work, acknowledged, lost, shown, failed)
 
 
-def writers(folder: Path, count: int) -> str:
-    """Writes from eight processes at once, `count` commits each; see the top."""
-    path = str(folder / "cube")
+def is_there(path: str) -> bool:
+    """Whether there is a cube at a path."""
+    try:
+        Cube.open(path)
+    except ValueError:
+        return False
+    return True
+
+
+def writers(path: str, count: int) -> str:
+    """Writes from eight processes at once to the cube at a path, `count` commits each; see the top."""
     made(path, SMALL)
     before = len(Repository.open(path).history(10**6))
     start = time.monotonic()
@@ -153,10 +188,10 @@ def writers(folder: Path, count: int) -> str:
     )
 
 
-def feeds(folder: Path, count: int) -> str:
-    """Writes shuffled feeds; see the top."""
-    steps = 12
-    ordered = made(str(folder / "ordered"), SMALL)
+def feeds(path: str, count: int) -> str:
+    """Writes shuffled feeds to cubes beside the one at a path; see the top."""
+    steps, folder = 12, Path(path).parent
+    ordered = made(path, SMALL)
     for step in range(steps):
         ordered.write([frame(step, SMALL)])
     ordered.write([frame(5, SMALL, 1)], restate=True)
@@ -187,6 +222,29 @@ def _told(cube: Cube) -> dict[str, bytes]:
     }
 
 
+@contextmanager
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket on a server that stands in for S3, until the end of the block."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else it tells of every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "none",
+            "AWS_SECRET_ACCESS_KEY": "none",
+            "AWS_REGION": "us-east-1",
+        }
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="endurance")
+        yield "s3://endurance"
+    finally:
+        server.stop()
+
+
 RUNS = {"kills": (kills, 1000), "writers": (writers, 200), "feeds": (feeds, 1000)}
 
 
@@ -195,12 +253,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.endurance", description=__doc__)
     parser.add_argument("name", nargs="*", choices=[*RUNS, []], help="which; without one: all")
     parser.add_argument("--count", type=int, help="how often; else 1000 kills, 200 commits each, 1000 feeds")
+    parser.add_argument("--s3", action="store_true", help="kills and writers on an object store")
     asked = parser.parse_args()
+    chosen = asked.name or ([name for name in RUNS if name != "feeds"] if asked.s3 else list(RUNS))
+    if asked.s3 and "feeds" in chosen:
+        parser.error("--s3: feeds are not run on an object store; expected kills, writers or both")
     multiprocessing.set_forkserver_preload(["pipelines.cube"])
-    for name in asked.name or RUNS:
-        run, count = RUNS[name]
-        with tempfile.TemporaryDirectory(prefix="metnet-") as folder:
-            print(run(Path(folder), asked.count or count), flush=True)
+    with bucket() if asked.s3 else tempfile.TemporaryDirectory(prefix="metnet-") as place:
+        for name in chosen:
+            run, count = RUNS[name]
+            found = run(f"{place}/{name}/cube", asked.count or count)
+            print(f"{'on S3: ' if asked.s3 else ''}{found}", flush=True)
 
 
 if __name__ == "__main__":

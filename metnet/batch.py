@@ -12,12 +12,12 @@ from torch import Tensor
 class Batch:
     """Samples on one grid size, in physical units; NaN is "not observed", 0 is "dry".
 
-    The newest frame of `radar` is the one at `init_time` (age 0). Row 0 is north. What lies behind `target`
-    may be left out; a network says what it misses.
+    The newest frame of `radar` is the one at `init_time` (age 0), or an older one where a source is late. Row
+    0 is north. What lies behind `target` may be left out; a network says what it misses.
     """
 
     radar: Float[Tensor, "batch time y x"]  # mm/h, oldest first
-    age: Float[Tensor, "batch time"]  # minutes before init_time, falling to 0
+    age: Float[Tensor, "batch time"]  # minutes before init_time, falling, not below 0
     init_time: Int[Tensor, "batch"]  # seconds since 1970-01-01 UTC
     lead_time: Float[Tensor, "lead"]  # minutes after init_time, rising
     cell_size: Float[Tensor, "batch"]  # metres, side of a cell
@@ -35,11 +35,20 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device (Lightning calls this)."""
         tensors = {
-            field.name: value.to(device)
+            field.name: value.to(device, non_blocking=value.is_pinned())
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **tensors)
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from while it computes (torch's loader calls this)."""
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **pinned)
 
     def filled_up(self, multiple: int) -> "Batch":
         """The same without target, on a grid made up to multiples of this by cells that are not observed.

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from metnet.advection import advect
@@ -144,12 +144,14 @@ class MetNet(nn.Module):
             raise ValueError("a prior is fitted on a batch with a motion and a target; this one lacks one")
         whole = batch.filled_up(self.downsampler.factor)
         assert whole.motion is not None
-        carried = _newest(_carried(whole.radar, whole.age, whole.motion, whole.lead_time))
+        frames, ages = _to_carry(whole.radar, whole.age)
+        carried, frame = _newest(_carried(frames, ages, whole.motion, whole.lead_time))
         down, right = (
             full - part for full, part in zip(carried.shape[2:], batch.target.shape[2:], strict=True)
         )
         target = F.pad(batch.target, (0, right, 0, down), value=torch.nan)
-        return pixels(self.bins, carried, whole.lead_time, whole.cell_size, target, count, generator)
+        place = (whole.lead_time, whole.cell_size)
+        return pixels(self.bins, carried, *place, target, count, generator, ages, frame)
 
     def encode(self, batch: Batch) -> "Past":
         """The past, which no lead time changes: its memory, and what is seen at full resolution.
@@ -169,7 +171,8 @@ class MetNet(nn.Module):
         wide = None if self.surroundings is None else self.surroundings(batch)
         sharp = self.surface(stacked.contiguous(memory_format=torch.channels_last))
         seen = frames if coarse is None else None
-        return Past(seen, coarse, wide, sharp, whole.radar, whole.age, whole.motion, whole.cell_size)
+        radar, age = _to_carry(whole.radar, whole.age)
+        return Past(seen, coarse, wide, sharp, radar, age, whole.motion, whole.cell_size)
 
     def remember(
         self, frames: Float[Tensor, "sample time channel Y X"]
@@ -192,8 +195,9 @@ class MetNet(nn.Module):
         if self.prior is None or self.stream is None:
             return self.link.logits(self._numbers(field, fine, told, lead))
         carried = past.carried(lead_time)
-        numbers = self._numbers(field, fine + self.stream(carried), told, lead)
-        prior = self.link.numbers(self.prior(_newest(carried), lead_time, past.cell_size))
+        newest, frame = _newest(carried)
+        numbers = self._numbers(field, fine + self.stream(carried, newest), told, lead)
+        prior = self.link.numbers(self.prior(newest, lead_time, past.cell_size, past.age, frame))
         return self.link.logits(prior + numbers)
 
     def _coarse(
@@ -227,8 +231,8 @@ class Past:
     coarse: Float[Tensor, "batch channel rows columns"] | None  # and where they are not, their memory
     wide: Float[Tensor, "batch channel rows columns"] | None  # what the surroundings say
     fine: Float[Tensor, "batch fine Y X"]
-    radar: Float[Tensor, "batch time Y X"]  # mm/h
-    age: Float[Tensor, "batch time"]  # minutes
+    radar: Float[Tensor, "batch frame Y X"]  # mm/h, the frames that are carried, the newest first
+    age: Float[Tensor, "batch frame"]  # minutes, of these
     motion: Float[Tensor, "batch 2 Y X"] | None  # cells per minute
     cell_size: Float[Tensor, "batch"]  # metres
 
@@ -238,29 +242,44 @@ class Past:
         return _carried(self.radar, self.age, self.motion, lead_time)
 
 
+def _to_carry(
+    radar: Float[Tensor, "batch time Y X"], age: Float[Tensor, "batch time"]
+) -> tuple[Float[Tensor, "batch frame Y X"], Float[Tensor, "batch frame"]]:
+    """The newest frames that hold anything, the newest first, and their ages; empty ones fill the number."""
+    empty = radar.isnan().flatten(2).all(dim=2).flip(1)
+    back = empty.byte().argsort(dim=1, stable=True)[:, :CARRIED]
+    chosen = radar.shape[1] - 1 - back
+    fields = [sample[few] for sample, few in zip(radar, chosen, strict=True)]
+    return torch.stack(fields), age.gather(1, chosen)
+
+
 @torch.no_grad()  # nothing in it is learned
 def _carried(
-    radar: Float[Tensor, "batch time Y X"],
-    age: Float[Tensor, "batch time"],
+    radar: Float[Tensor, "batch frame Y X"],
+    age: Float[Tensor, "batch frame"],
     motion: Float[Tensor, "batch 2 Y X"],
     lead_time: Float[Tensor, "lead"],
 ) -> Float[Tensor, "batch frame lead Y X"]:
-    """The newest frames, the newest first, carried along the motion to each lead time (mm/h, minutes)."""
-    newest = range(1, 1 + min(CARRIED, radar.shape[1]))
+    """Each frame carried along the motion to each lead time (mm/h, minutes)."""
     each = [
-        advect(field[-back][None], flow[None], lead_time + minutes[-back])
-        for field, flow, minutes in zip(radar, motion, age, strict=True)
-        for back in newest
+        advect(field[None], flow[None], lead_time + minutes)
+        for fields, flow, ages in zip(radar, motion, age, strict=True)
+        for field, minutes in zip(fields, ages, strict=True)
     ]
-    return rearrange(torch.cat(each), "(batch frame) lead y x -> batch frame lead y x", frame=len(newest))
+    return rearrange(torch.cat(each), "(batch frame) lead y x -> batch frame lead y x", frame=radar.shape[1])
 
 
-def _newest(carried: Float[Tensor, "batch frame lead Y X"]) -> Float[Tensor, "batch lead Y X"]:
-    """At each pixel the newest frame that was observed there; NaN where none was."""
-    first, *others = carried.unbind(dim=1)
-    for older in others:
-        first = torch.where(first.isnan(), older, first)
-    return first
+def _newest(
+    carried: Float[Tensor, "batch frame lead Y X"],
+) -> tuple[Float[Tensor, "batch lead Y X"], UInt8[Tensor, "batch lead Y X"]]:
+    """At each pixel the newest value there is, and which frame it is of (the first, where none has any)."""
+    value, *others = carried.unbind(dim=1)
+    frame = torch.zeros_like(value, dtype=torch.uint8)
+    for index, older in enumerate(others, start=1):
+        filled = value.isnan() & ~older.isnan()
+        value = torch.where(filled, older, value)
+        frame.masked_fill_(filled, index)
+    return value, frame
 
 
 class Stream(nn.Module):
@@ -271,9 +290,11 @@ class Stream(nn.Module):
         self.scaling = RainScaling()
         self.mix = nn.Conv2d(2 * frames + 2 * len(SIDES), channels, 3, padding=1)
 
-    def forward(self, carried: Float[Tensor, "batch frame lead Y X"]) -> Float[Tensor, "sample channel Y X"]:
+    def forward(
+        self, carried: Float[Tensor, "batch frame lead Y X"], newest: Float[Tensor, "batch lead Y X"]
+    ) -> Float[Tensor, "sample channel Y X"]:
         """One map for each sample and lead time."""
-        near = neighbourhoods(rearrange(_newest(carried), "batch lead y x -> (batch lead) y x"))
+        near = neighbourhoods(rearrange(newest, "batch lead y x -> (batch lead) y x"))
         frames = rearrange(carried, "batch frame lead y x -> (batch lead) frame y x")
         ages = torch.zeros(frames.shape[:2]).to(frames)
         value_mask = self.scaling(frames, ages)[:, :, :2]

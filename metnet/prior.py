@@ -6,12 +6,13 @@ neighbourhood method of Theis et al. 2005, Meteorol. Appl. 12, 257-268, on a Lag
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from metnet.rain import RainBins
@@ -19,6 +20,7 @@ from metnet.rain import RainBins
 FINE = (1, 5)  # sides of neighbourhoods in cells
 COARSE = (3, 7, 15)  # sides in blocks of 4 x 4 cells
 BLOCK = 4
+FEW = 0.1  # how much an unobserved cell of the widest neighbourhood tells of climatology, by an observed one
 SIDES = (*FINE, *(side * BLOCK for side in COARSE))  # cells
 WIDENING = 0.35  # cells a minute: how fast the likeliest neighbourhood grows, before anything is learned
 SPREAD = 0.7  # of the logarithm of the sides that count at one lead time
@@ -31,8 +33,9 @@ KEEP = 1e-4  # how strongly `fit` holds on to the start, where pixels tell nothi
 class AdvectionPrior(nn.Module):
     """A mixture of neighbourhoods of different size, and of climatology, weighted by class and lead time.
 
-    A neighbourhood's cells that are unobserved, or outside the grid, count as climatology. The weights start
-    as a plausible widening; `fit` finds the best, for each class and size a plane in the logarithms of lead
+    A neighbourhood's cells that are unobserved, or outside the grid, count as the next wider neighbourhood;
+    those of the widest as the rest of it and, the fewer were observed, as climatology. The weights start as
+    a plausible widening; `fit` finds the best, for each class and size a plane in the logarithms of lead
     time and cell size.
     """
 
@@ -50,26 +53,33 @@ class AdvectionPrior(nn.Module):
         carried: Float[Tensor, "batch lead Y X"],
         lead_time: Float[Tensor, "lead"],
         cell_size: Float[Tensor, "batch"],
+        age: Float[Tensor, "batch frame"] | None = None,
+        frame: UInt8[Tensor, "batch lead Y X"] | None = None,
     ) -> Float[Tensor, "batch lead bin Y X"]:
         """Log-probabilities of the classes around a field that was carried to each lead time (mm/h, minutes).
 
-        The sides of the grid must be multiples of 4.
+        A value counts as far ahead as it was carried: by its lead time and by the age (minutes) of the
+        `frame` it is of, which is 0 if none is given. The sides of the grid must be multiples of 4.
         """
         batch, lead = carried.shape[:2]
-        each = self.weights(lead_time.repeat(batch), cell_size.repeat_interleave(lead))
-        weights = each[..., None, None]
+        if age is None or frame is None:
+            age, frame = cell_size.new_zeros(batch, 1), torch.zeros_like(carried, dtype=torch.uint8)
         usual = self.climatology.softmax(dim=0)[:, None, None]
         onehot, seen = _classes(self.bins, carried)
-        total = weights[:, :, -1] * usual
-        for part, side in enumerate(FINE):
-            near = _mean(onehot, side) + (1 - _mean(seen, side)) * usual
-            total = total + weights[:, :, part] * near
-        blocks, blocks_seen = F.avg_pool2d(onehot, BLOCK), F.avg_pool2d(seen, BLOCK)
-        wide = torch.zeros_like(blocks)
-        for part, side in enumerate(COARSE, start=len(FINE)):
-            near = _mean(blocks, side) + (1 - _mean(blocks_seen, side)) * usual
-            wide = wide + weights[:, :, part] * near
-        total = total + _risen(wide)
+        fine, wide = (
+            [near[:, :-1] + near[:, -1:] * usual for near in part] for part in _neighbourhoods(onehot, seen)
+        )
+        sizes = cell_size.repeat_interleave(lead)
+        source = frame.flatten(0, 1)
+        total = torch.zeros(())
+        for index, minutes in enumerate(age.unbind(dim=1)):
+            weights = self.weights((minutes[:, None] + lead_time).flatten(), sizes)
+            if index == 0:
+                total = _mixed(weights, fine, wide, usual)
+            else:  # few cells: those that the newer frames did not see
+                there = (source == index).nonzero().unbind(dim=1)
+                n, y, x = there
+                total[n, :, y, x] = _mixed_at(weights, fine, wide, usual, there)
         logarithm = (total / total.sum(dim=1, keepdim=True)).log()
         return rearrange(logarithm, "(batch lead) bin y x -> batch lead bin y x", batch=batch)
 
@@ -115,7 +125,7 @@ class AdvectionPrior(nn.Module):
         """Log-probabilities of the classes at single pixels."""
         weights = self.weights(pixels.lead_time, pixels.cell_size)
         usual = self.climatology.softmax(dim=0)
-        near = pixels.near + (1 - pixels.seen)[..., None] * usual
+        near = pixels.near + pixels.unknown[..., None] * usual
         total = weights[..., -1] * usual + torch.einsum("nkp,npk->nk", weights[..., :-1], near)
         return (total / total.sum(dim=1, keepdim=True)).log()
 
@@ -125,8 +135,8 @@ class Pixels:
     """Single pixels: what lies around each in the carried field, and what fell there."""
 
     near: Float[Tensor, "pixel side bin"]  # share of the neighbourhood that each class has
-    seen: Float[Tensor, "pixel side"]  # share of the neighbourhood that was observed
-    lead_time: Float[Tensor, "pixel"]  # minutes
+    unknown: Float[Tensor, "pixel side"]  # share of the neighbourhood that counts as climatology
+    lead_time: Float[Tensor, "pixel"]  # minutes that the value was carried: lead time and age of its frame
     cell_size: Float[Tensor, "pixel"]  # metres
     fell: Int[Tensor, "pixel"]  # the class that was observed
 
@@ -149,25 +159,29 @@ def pixels(
     target: Float[Tensor, "batch lead Y X"],
     count: int,
     generator: torch.Generator,
+    age: Float[Tensor, "batch frame"] | None = None,
+    frame: UInt8[Tensor, "batch lead Y X"] | None = None,
 ) -> Pixels:
     """Some of the observed pixels of a target, `count` of each sample and lead time, drawn with repetition.
 
-    The sides of the grid must be multiples of 4.
+    `age` and `frame` are those of `AdvectionPrior.forward`. The sides of the grid must be multiples of 4.
     """
+    if age is None or frame is None:
+        age, frame = cell_size.new_zeros(len(carried), 1), torch.zeros_like(carried, dtype=torch.uint8)
     onehot, seen = _classes(bins, carried)
     fell = rearrange(bins.classify(target), "batch lead y x -> (batch lead) (y x)")
-    blocks = F.avg_pool2d(torch.cat([onehot, seen], dim=1), BLOCK)
-    each = [_mean(torch.cat([onehot, seen], dim=1), side) for side in FINE]
-    each += [_risen(_mean(blocks, side)) for side in COARSE]
-    near = rearrange(each, "side n channel y x -> n (y x) side channel")
-    leads, sizes = lead_time.repeat(len(carried)), cell_size.repeat_interleave(len(lead_time))
+    fine, wide = _neighbourhoods(onehot, seen)
+    near = rearrange([*fine, *(_risen(part) for part in wide)], "side n channel y x -> n (y x) side channel")
+    sizes = cell_size.repeat_interleave(len(lead_time))
+    old = age[torch.arange(len(age))[:, None, None], frame.flatten(2).long()]
+    minutes = (old + lead_time[:, None]).flatten(0, 1)
     parts = []
     for sample, observed in enumerate(fell):
         there = torch.nonzero(observed >= 0)[:, 0]
         if len(there):
             some = there[torch.randint(0, len(there), (count,), generator=generator)]
             around = near[sample, some]
-            told = (leads[sample].expand(count), sizes[sample].expand(count))
+            told = (minutes[sample, some], sizes[sample].expand(count))
             parts.append(Pixels(around[..., :-1], around[..., -1], *told, observed[some]))
     if not parts:
         empty = torch.zeros(0, len(SIDES), len(bins)), torch.zeros(0, len(SIDES))
@@ -175,11 +189,90 @@ def pixels(
     return Pixels.joined(parts)
 
 
+def _neighbourhoods(
+    onehot: Float[Tensor, "n bin Y X"], seen: Float[Tensor, "n 1 Y X"]
+) -> tuple[list[Float[Tensor, "n share Y X"]], list[Float[Tensor, "n share rows columns"]]]:
+    """The share of each class in the neighbourhoods of rising side, and last what counts as climatology.
+
+    First the fine ones, then the coarse ones in blocks. All shares of a cell add up to 1.
+    """
+    cells = torch.cat([onehot, seen], dim=1)
+    blocks = F.avg_pool2d(cells, BLOCK)
+    *others, widest = (_mean(blocks, side) for side in COARSE)
+    unseen = FEW * (1 - widest[:, -1:])
+    wide = [torch.cat([widest[:, :-1], unseen], dim=1) / (widest[:, -1:] + unseen)]
+    for mean in others[::-1]:
+        wide.insert(0, _filled(mean, wide[0]))
+    fine = [_risen(wide[0])]
+    for side in FINE[::-1]:
+        fine.insert(0, _filled(_mean(cells, side), fine[0]))
+    return fine[:-1], wide
+
+
+def _filled(
+    mean: Float[Tensor, "n share Y X"], wider: Float[Tensor, "n share Y X"]
+) -> Float[Tensor, "n share Y X"]:
+    """The classes' shares (the last is what was observed), completed by the next wider neighbourhood's."""
+    completed = wider * (1 - mean[:, -1:])
+    completed[:, :-1] += mean[:, :-1]
+    return completed
+
+
+def _mixed(
+    weights: Float[Tensor, "n bin part"],
+    fine: Sequence[Float[Tensor, "n bin Y X"]],
+    wide: Sequence[Float[Tensor, "n bin rows columns"]],
+    usual: Float[Tensor, "bin 1 1"],
+) -> Float[Tensor, "n bin Y X"]:
+    """The weighted sum of all neighbourhoods, and of climatology."""
+    by_part = weights[..., None, None].unbind(dim=2)
+    total = by_part[-1] * usual
+    for weight, near in zip(by_part, fine, strict=False):
+        total = torch.addcmul(total, weight, near)
+    coarse = torch.zeros_like(wide[0])
+    for weight, near in zip(by_part[len(fine) :], wide, strict=False):
+        coarse = torch.addcmul(coarse, weight, near)
+    return total + _risen(coarse)
+
+
+def _mixed_at(
+    weights: Float[Tensor, "n bin part"],
+    fine: Sequence[Float[Tensor, "n bin Y X"]],
+    wide: Sequence[Float[Tensor, "n bin rows columns"]],
+    usual: Float[Tensor, "bin 1 1"],
+    places: Sequence[Int[Tensor, "cell"]],
+) -> Float[Tensor, "cell bin"]:
+    """What `_mixed` gives at some cells: their sample, row and column."""
+    n, y, x = places
+    by_part = weights.unbind(dim=2)
+    total = by_part[-1][n] * usual[:, 0, 0]
+    for weight, near in zip(by_part, fine, strict=False):
+        total = total + weight[n] * near[n, :, y, x]
+    rows, columns = wide[0].shape[2:]
+    for (row, at_row), (column, at_column) in product(_between(y, rows), _between(x, columns)):
+        share = (at_row * at_column)[:, None]
+        for weight, near in zip(by_part[len(fine) :], wide, strict=False):
+            total = total + weight[n] * share * near[n, :, row, column]
+    return total
+
+
+def _between(
+    cell: Int[Tensor, "cell"], count: int
+) -> list[tuple[Int[Tensor, "cell"], Float[Tensor, "cell"]]]:
+    """The two of `count` blocks whose middles a cell lies between, and how much it takes of each."""
+    place = ((cell + 0.5) / BLOCK - 0.5).clamp(0, count - 1)
+    low = place.floor().long()
+    return [(low, 1 - (place - low)), ((low + 1).clamp(max=count - 1), place - low)]
+
+
 def _classes(
     bins: RainBins, carried: Float[Tensor, "batch lead Y X"]
 ) -> tuple[Float[Tensor, "sample bin Y X"], Float[Tensor, "sample 1 Y X"]]:
     """One where a cell has a class, and where it was observed."""
-    classes = rearrange(bins.classify(carried), "batch lead y x -> (batch lead) y x")
+    # many rates lie just on an edge, and rounding must not decide their class; the edges give way, since an
+    # optimizer of graphs takes a factor so near to 1 on the rates for 1
+    below = replace(bins, edges=tuple(edge * (1 - 1e-6) for edge in bins.edges))
+    classes = rearrange(below.classify(carried), "batch lead y x -> (batch lead) y x")
     seen = (classes >= 0).to(carried.dtype)[:, None]
     onehot = rearrange(F.one_hot(classes.clamp(min=0), len(bins)), "n y x bin -> n bin y x")
     return onehot.to(carried.dtype) * seen, seen

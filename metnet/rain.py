@@ -174,12 +174,26 @@ class EnsembleForecast:
 
     def crps(self, observed: Field) -> Field:
         """E|X - y| - E|X - X'| / 2 over the members (Gneiting & Raftery 2007, eq. 21)."""
+        return self._distance(observed) - self._spread()
+
+    def fair_crps(self, observed: Field) -> Field:
+        """What the score would be, on average, with endlessly many such members (Ferro 2014, eq. 6).
+
+        A single member says nothing of that; its score stays what it is.
+        """
+        count = self.members.shape[1]
+        return self._distance(observed) - self._spread() * (count / (count - 1) if count > 1 else 1)
+
+    def _distance(self, observed: Field) -> Field:
+        """E|X - y|."""
+        return (self.members - observed[:, None]).abs().mean(dim=1)
+
+    def _spread(self) -> Field:
+        """E|X - X'| / 2 of two members drawn with repetition."""
         count = self.members.shape[1]
         ordered = self.members.sort(dim=1).values
         rank = torch.arange(1, count + 1, dtype=ordered.dtype, device=ordered.device)
-        weight = (2 * rank - count - 1) / count**2
-        spread = torch.einsum("b m l y x, m -> b l y x", ordered, weight)
-        return (self.members - observed[:, None]).abs().mean(dim=1) - spread
+        return torch.einsum("b m l y x, m -> b l y x", ordered, (2 * rank - count - 1) / count**2)
 
 
 @dataclass(frozen=True)

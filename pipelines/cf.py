@@ -137,3 +137,14 @@ RADIANCE_PER_WAVENUMBER = Variable(  # as infrared channels of GOES-R state thei
     (-100.0, 2000.0),
     "toa_outgoing_radiance_per_unit_wavenumber",
 )
+FLASH_RATE = Variable(
+    "lightning_flash_rate",
+    "lightning flashes per area and time",
+    "km-2 min-1",
+    (0.0, 1e5),
+    "frequency_of_lightning_flashes_per_unit_area",
+)
+GROUP_RATE = Variable(
+    "lightning_group_rate", "groups of lightning pulses per area and time", "km-2 min-1", (0.0, 1e6)
+)
+RADAR_QUALITY = Variable("radar_quality", "quality of the radar rainfall, mean of a day", "%", (0.0, 100.0))

@@ -7,7 +7,7 @@ one grid; and what never changes beside them (`pipelines.static`).
 import re
 from asyncio import gather
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +108,8 @@ class _Axis:
                 f"valid time {far:%Y-%m-%dT%H:%M:%SZ} would stretch the time axis from {self.size} to {size} "
                 f"steps of {self.cadence}, which looks like a wrong date; "
                 f"the axis starts at {self.start:%Y-%m-%dT%H:%M:%SZ}; "
-                "if the date is right, write it to a cube of its own"
+                "if the date is right, write it to a cube of its own, or, if it is the axis that began with "
+                "a wrong one, all to a new cube"
             )
         return _Axis(self.start - before * self.cadence, self.cadence, size)
 
@@ -538,5 +539,20 @@ def _array(group: zarr.Group, name: str) -> "zarr.Array[Any]":
 
 
 def _check_same(what: str, expected: object, got: object) -> None:
-    if expected != got:
-        raise ValueError(f"{what} is {got}, but the cube has {expected}; write it to a cube of its own")
+    if expected == got:
+        return
+    if isinstance(expected, Variable) and isinstance(got, Variable):
+        expected, got = _told_apart(expected, got)
+    raise ValueError(f"{what} is {got}, but the cube has {expected}; write it to a cube of its own")
+
+
+def _told_apart(one: Variable, other: Variable) -> tuple[str, str]:
+    """Two quantities, each by its name and, if that is the same, by what else sets it apart."""
+    names = [field.name for field in fields(Variable)]
+    unlike = [name for name in names if getattr(one, name) != getattr(other, name)]
+    shown = ["units"] if "name" in unlike else unlike
+
+    def told(variable: Variable) -> str:
+        return f"{variable.name} ({', '.join(f'{name} {getattr(variable, name)}' for name in shown)})"
+
+    return told(one), told(other)

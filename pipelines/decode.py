@@ -20,12 +20,11 @@ from pipelines.decoding.reader import Limits, Readers
 from pipelines.decoding.refusal import Code, Refusal
 from pipelines.frame import Frame
 from pipelines.grid import Grid
-from pipelines.sources.source import PASSED_OVER, SAFE_NAME, RemoteFile, Source, within
+from pipelines.sources.source import SAFE_NAME, RemoteFile, Source, within
 
 AHEAD = timedelta(hours=1)  # of our clock: clocks differ, and nobody has observed the future
 COPIED = 256 * 2**20  # bytes of the largest file that is copied; a larger one is read where it lies
 BLOCK = 2**20  # bytes that are copied at a time
-FATAL = (Code.CRASHED, Code.TIMEOUT, Code.MEMORY)  # to a reader
 SAMPLE = 997  # a prime, so that the cells looked at first are in no one column
 
 
@@ -51,6 +50,7 @@ class Decoder:
         self._readers: Readers | None = None
         self._inbox: tempfile.TemporaryDirectory[str] | None = None
         self._last: _Taken | None = None
+        self._given_up: dict[str, Refusal] = {}  # by path: what ended its reader when it was listed
 
     def __enter__(self) -> Self:
         """The decoder itself."""
@@ -74,6 +74,8 @@ class Decoder:
             Refusal: a `ValueError` naming the file and why it may not enter a cube: see `Code`.
             OSError: if there is no room for a copy of the file.
         """
+        if file.url in self._given_up:
+            raise self._given_up.pop(file.url)
         if self.source.trusted:
             frame = self._read_here(file)
         else:
@@ -115,34 +117,30 @@ class Decoder:
         if self.source.trusted:
             return list(self.source.files(start, end))
         place = self._place()
-        try:
+        if hasattr(self.source, "places"):
+            found = self._files_by_place(start, end, place)
+        else:
             found = self._running().files(start, end, place)
-        except Refusal as refusal:
-            found = self._files_part_by_part(start, end, place) if refusal.code in FATAL else []
-            if not found:
-                raise
         for file in found:
             if place is not None and not _absolute(file.url).is_relative_to(place):
                 raise Refusal(Code.INVALID, f"{file.url}: listed, but not within source.path={place}")
         return found
 
-    def _files_part_by_part(
+    def _files_by_place(
         self, start: datetime | None, end: datetime | None, folder: Path | None
     ) -> list[RemoteFile]:
-        """What is in each part of a folder, one of which ends whoever opens it: that has no time.
+        """What is in each of the source's places; one that cannot be listed is a file without a time.
 
-        Reading that one tells why. Nothing, if the source takes only whole folders.
+        Such a one is not opened again to tell why.
         """
         found: list[RemoteFile] = []
-        for part in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else []:
-            if not SAFE_NAME.fullmatch(part.name) or PASSED_OVER.fullmatch(part.name) or part.is_symlink():
-                continue
+        for place in self._running().places(folder):
             try:
-                found += self._running().files(start, end, part, part=True)
+                found += self._running().files(start, end, folder, place)
             except Refusal as refusal:
-                if refusal.code in FATAL:
-                    found += self._files_part_by_part(start, end, part) or [RemoteFile(str(part), None)]
-        return list(within(found, start, end))
+                self._given_up[str(place)] = refusal
+                found.append(RemoteFile(str(place), None))
+        return list(within(found, None, None))
 
     def _running(self) -> Readers:
         if self._readers is not None and not self._readers.alive:

@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from torch import Tensor
 
 from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
@@ -42,6 +43,7 @@ STYLE = {
     ),
 }
 Fields = NDArray[np.float32]
+Bins = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,22 +225,17 @@ def _reliability(upper: Axes, lower: Axes, skill: Skill, score: Reliability) -> 
     """One diagram and, below, how many pixels had each probability."""
     upper.plot([0, 1], [0, 1], color=INK, linewidth=1, alpha=0.5, linestyle=(0, (4, 3)))
     edges = np.linspace(0, 1, score.bins + 1)
-    for index, name in enumerate(skill.forecasters):
-        curve = score.curve(skill.sums[score.name][index].sum(dim=(0, 1))[None])
-        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
-        probability, frequency, count = (
-            part[0].numpy() for part in (curve.probability, curve.frequency, curve.count)
+    if score.name in skill.uncalibrated:
+        probability, frequency, _ = _curve(score, skill.uncalibrated[score.name])
+        upper.plot(
+            probability, frequency, color=COLOURS[0], linewidth=1, linestyle=":", label="not calibrated"
         )
-        filled = count > 0
+    for index, name in enumerate(skill.forecasters):
+        probability, frequency, count = _curve(score, skill.sums[score.name][index])
+        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
         line = "-" if index == 0 else "none"
         upper.plot(
-            probability[filled],
-            frequency[filled],
-            color=colour,
-            marker=mark,
-            markersize=5,
-            linestyle=line,
-            label=name,
+            probability, frequency, color=colour, marker=mark, markersize=5, linestyle=line, label=name
         )
         if index == 0:
             lower.bar((edges[1:] + edges[:-1]) / 2, count, width=0.9 / score.bins, color=colour)
@@ -247,6 +244,12 @@ def _reliability(upper: Axes, lower: Axes, skill: Skill, score: Reliability) -> 
     lower.set_box_aspect(1 / 3)
     upper.set_title(f"rain >= {score.threshold:g} mm/h")
     lower.set_xlabel("forecast probability")
+
+
+def _curve(score: Reliability, sums: Tensor) -> tuple[Bins, Bins, Bins]:
+    """Of each bin over all runs and lead times: mean probability and frequency, NaN where empty; pixels."""
+    curve = score.curve(sums.sum(dim=(0, 1))[None])
+    return curve.probability[0].numpy(), curve.frequency[0].numpy(), curve.count[0].numpy()
 
 
 def _svg(figure: Figure, label: str) -> str:

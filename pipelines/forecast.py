@@ -5,22 +5,26 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import numpy as np
+import torch
 
 from metnet.batch import Batch
 from metnet.forecaster import Forecaster
+from pipelines.beside import Beside
 from pipelines.export import export_run
 from pipelines.frame import parse_time
+from pipelines.late import newest_past
 from pipelines.observations import Observations
-from pipelines.past import past
+from pipelines.past import RADAR_ALONE
 from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
+from pipelines.run_facts import CALIBRATED, INPUT_AGE, RunFacts
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
 from pipelines.trained import TrainedModel, trained
 from pipelines.version import version
@@ -31,6 +35,7 @@ THRESHOLDS = (0.1, 1.0, 2.0, 5.0, 10.0)  # mm/h
 QUANTILES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 HORIZON = 60.0  # minutes, where nothing says how far ahead
 MOST_LEADS = 12  # up to the horizon
+STALEST = 30.0  # minutes
 LONGEST_LEAD = 24 * 60.0  # minutes; no radar frame tells of later rain
 TEXT = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -77,13 +82,16 @@ def forecast(
     lead_times: Sequence[float] | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
     quantiles: Sequence[float] = QUANTILES,
+    stalest: float = STALEST,
+    calibrated: bool = True,
     export: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Forecasted:
     """Forecasts from the past in a cube; a run that is there already is not made again.
 
-    A run sees the cube up to its init time. Past frames that are missing are told to the model as NaN and
-    named in the run's attributes; cells that no past frame observed have no forecast (NaN).
+    A run sees the cube up to its init time. Past frames that are missing are told to the model as NaN, a
+    newest frame that is late by its age; both are named in the run's attributes. Cells that no past frame
+    observed have no forecast (NaN).
 
     Args:
         cube: its folder or URL.
@@ -96,6 +104,8 @@ def forecast(
         lead_times: minutes; None: those the model was trained for, or up to an hour.
         thresholds: mm/h, of the probabilities of exceedance.
         quantiles: within (0, 1).
+        stalest: minutes that the newest frame that holds anything may be old; not with "all".
+        calibrated: with a `TrainedModel`, probabilities as its validation data corrected them.
         export: a NetCDF file for the run, if it is one.
         config: the command as it was given, kept with the runs.
 
@@ -105,21 +115,26 @@ def forecast(
             With "all", a frame that holds no observation is passed over with a warning.
     """
     began = monotonic()
+    if not 0 <= stalest <= LONGEST_LEAD:
+        raise ValueError(f"stalest={stalest:g}: expected minutes from 0 to {LONGEST_LEAD:g}")
     opened = rain_cube(cube)
+    if isinstance(model, TrainedModel) and not calibrated:
+        model = model.uncalibrated()
+    stalest = 0.0 if init_time == "all" else stalest
     leads = _lead_times(opened, model, lead_times)
-    inits = _init_times(opened, model.frames, init_time, start, end, every)
+    inits = _init_times(opened, model.frames, init_time, start, end, every, stalest)
     if export is not None and len(inits) > 1:
         raise ValueError(f"export={export} holds one run: expected one init_time, got {len(inits)}")
     levels = tuple(float(level) for level in quantiles)
     limits = tuple(float(threshold) for threshold in thresholds)
-    made_of = _provenance(opened, model, config)
+    made_of = {**_provenance(opened, model, config), **_facts(model, limits, leads).attributes()}
     headers = [RunHeader(init, opened.grid, leads, limits, levels, made_of) for init in inits]
     store = ForecastStore.open_or_create(forecasts)
     made: dict[str, _Run] = {}
     blind: set[str] = set()
     for header in track(headers, "forecasting"):
         try:
-            run = _run(store, opened, model, header)
+            run = _run(store, opened, model, header, stalest)
         except _BlindError as error:
             if init_time != "all":
                 raise
@@ -157,7 +172,7 @@ def from_path(path: str) -> TrainedModel:
 
 
 class _BlindError(ValueError):
-    """The frame of an init time holds no observation."""
+    """No frame that is new enough for an init time holds an observation."""
 
 
 @dataclass
@@ -177,7 +192,9 @@ class _Run:
         self.covered = cells / (header.grid.y_size * header.grid.x_size)
 
 
-def _run(store: ForecastStore, cube: Observations, model: Forecaster, header: RunHeader) -> _Run | None:
+def _run(
+    store: ForecastStore, cube: Observations, model: Forecaster, header: RunHeader, stalest: float
+) -> _Run | None:
     """Makes a run and writes it whole; None if it is there already.
 
     Raises:
@@ -186,14 +203,17 @@ def _run(store: ForecastStore, cube: Observations, model: Forecaster, header: Ru
     if header.name in store:
         _check_same(store, header)
         return None
-    batch, missing = _past(cube, model.frames, header)
+    beside = _beside(model)
+    batch, missing = _past(cube, model.frames, header, stalest, beside)
     facts = {
         "inputs_missing": missing or "none",
+        INPUT_AGE: f"{float(batch.age[0, -1]):g}",
         "degraded": "true" if missing else "false",
         "created": datetime.now(UTC).strftime(TEXT),
     }
     header = replace(header, attributes={**header.attributes, **facts})
-    blocks = (tiled if isinstance(model, TrainedModel) else whole)(model, batch, header)
+    in_tiles = isinstance(model, TrainedModel) and beside == RADAR_ALONE
+    blocks = (tiled if in_tiles else whole)(model, batch, header)
     run = _Run(missing)
     if store.write_run(header, run.counting(blocks, header)) is None:  # another process was first
         _check_same(store, header)
@@ -201,14 +221,29 @@ def _run(store: ForecastStore, cube: Observations, model: Forecaster, header: Ru
     return run
 
 
-def _past(cube: Observations, frames: int, header: RunHeader) -> tuple[Batch, str]:
-    """What a forecaster may know, and the valid times of the frames that are missing from it."""
-    batch = past(cube, header.init_time, frames, header.lead_times)
-    times = [header.init_time - age * cube.cadence for age in range(frames - 1, -1, -1)]
-    empty = [bool(frame.isnan().all()) for frame in batch.radar[0]]
-    if empty[-1]:
-        raise _BlindError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation")
-    return batch, " ".join(f"{time:{TEXT}}" for time, gone in zip(times, empty, strict=True) if gone)
+def _beside(model: Forecaster) -> Beside:
+    """What a network sees beside the radar, by the names that it was trained with."""
+    if not isinstance(model, TrainedModel):
+        return RADAR_ALONE
+    told = model.card.get("config", {})
+    names = told.get("satellite", ()), told.get("static", ())
+    return replace(Beside.of(model.network, *names, told.get("reach", RADAR_ALONE.reach)), motion=True)
+
+
+def _past(
+    cube: Observations, frames: int, header: RunHeader, stalest: float, beside: Beside
+) -> tuple[Batch, str]:
+    """What a forecaster may know, and the valid times up to the init time of the frames that are missing."""
+    batch = newest_past(cube, header.init_time, frames, header.lead_times, stalest, beside)
+    if batch is None:
+        late = f", nor does any up to {stalest:g} min before (stalest)" if stalest else ""
+        raise _BlindError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation{late}")
+    there = {
+        float(age) for age, frame in zip(batch.age[0], batch.radar[0], strict=True) if not frame.isnan().all()
+    }
+    ages = np.arange(float(batch.age[0, 0]), -1e-6, -_minutes(cube))
+    gone = [header.init_time - timedelta(minutes=age) for age in ages.tolist() if age not in there]
+    return batch, " ".join(f"{time:{TEXT}}" for time in gone)
 
 
 def _init_times(
@@ -218,8 +253,9 @@ def _init_times(
     start: str | None,
     end: str | None,
     every: float | None,
+    stalest: float,
 ) -> list[datetime]:
-    """The init times that are asked for, each with a frame and enough of the axis before it."""
+    """The init times that are asked for, each with a frame that is new enough and the axis before it."""
     present = [time for time, seen in zip(cube.times, cube.observed, strict=True) if seen]
     if not present:
         raise ValueError(f"{cube.path}: a cube without frames; fill it with metnet ingest")
@@ -234,9 +270,12 @@ def _init_times(
     first = cube.times[0] + (frames - 1) * cube.cadence
     begin = f"the cube {cube.path} begins at {cube.times[0]:{TEXT}}"
     for time in times:
-        if time not in set(present):
+        oldest = time - timedelta(minutes=stalest)
+        on_axis = not (time - cube.times[0]) % cube.cadence
+        if not on_axis or not any(oldest <= other <= time for other in present):
+            late = f", nor up to {stalest:g} min before (stalest)" if stalest and on_axis else ""
             near = _near(present, time)
-            raise ValueError(f"init_time={time:{TEXT}}: the cube {cube.path} has no frame then; {near}")
+            raise ValueError(f"init_time={time:{TEXT}}: the cube {cube.path} has no frame then{late}; {near}")
         if time < first:
             enough = [other for other in present if other >= first]
             rather = f"the first init_time with enough is {enough[0]:{TEXT}}" if enough else "ingest more"
@@ -318,12 +357,28 @@ def _provenance(cube: Observations, model: Forecaster, config: Mapping[str, Any]
     }
 
 
+def _facts(model: Forecaster, thresholds: Sequence[float], lead_times: Sequence[float]) -> RunFacts:
+    """How a run's probabilities are calibrated, and from which on they mean yes, where a model says so."""
+    if not isinstance(model, TrainedModel) or model.calibration is None:
+        return RunFacts()
+    edges = model.network.bins.edges
+    known = [rate for rate in thresholds if rate in edges]
+    lines = model.calibration.line(torch.tensor(lead_times))
+    calibration = {
+        rate: tuple((offset, slope) for offset, slope in lines[:, edges.index(rate)].tolist())
+        for rate in known
+    }
+    cuts = {} if model.cuts is None else {rate: model.cuts.at(rate, lead_times) for rate in known}
+    return RunFacts(calibration, {rate: row for rate, row in cuts.items() if row is not None})
+
+
 def _check_same(store: ForecastStore, header: RunHeader) -> None:
     """Refuses to take another run for this one."""
     there = store.header(header.name)
     for what, old, new in (
         ("model", there.attributes.get("model"), header.attributes["model"]),
         ("model_sha256", there.attributes.get("model_sha256"), header.attributes["model_sha256"]),
+        ("calibrated", there.attributes.get(CALIBRATED, "false"), header.attributes[CALIBRATED]),
         ("grid", there.grid, header.grid),
         ("lead_times", there.lead_times, header.lead_times),
         ("thresholds", there.thresholds, header.thresholds),

@@ -47,8 +47,8 @@ class Frame:
         if self.values.dtype != np.float32:
             raise ValueError(f"values of type {self.values.dtype}: expected float32")
         low, high = self.variable.valid_range
-        outside = (self.values < low) | (self.values > high)  # false where NaN
-        if outside.any():
+        if np.fmin.reduce(self.values, axis=None) < low or np.fmax.reduce(self.values, axis=None) > high:
+            outside = (self.values < low) | (self.values > high)  # false where NaN
             raise ValueError(
                 f"{int(outside.sum())} of {outside.size} values of {self.variable.name} lie outside "
                 f"{low:g}..{high:g} {self.variable.units}, such as {self.values[outside][0]:g}"

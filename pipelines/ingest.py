@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 from pipelines.cube import RADAR, STATIC, Cube, Written, groups, judged
 from pipelines.decode import Decoder
@@ -27,7 +28,7 @@ from pipelines.grid import Grid
 from pipelines.progress import track
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
-from pipelines.sources.source import NamedSource, RemoteFile, Source
+from pipelines.sources.source import NamedSource, RemoteFile, Source, unsafe_names
 from pipelines.spread import spread
 from pipelines.static import write_static
 
@@ -48,10 +49,17 @@ class Ingested:
     already_there: int
     conflicting: int  # there before from another file; the first is kept
     restated: int  # there before from another file, and replaced by it
-    quarantined: int  # damaged files, each with its reason in `quarantine`
+    damaged: int  # files, each with its reason in `quarantine`
+    misfits: int  # sound files of another grid, quantity or time than the cube's, and so there too
+    passed_over: int  # files in the source's folder whose names are not safe to use
     quarantine: str
-    first: datetime | None  # None: no file tells its time
+    first: datetime | None  # of the frames that are in the cube now; None: there are none
     last: datetime | None
+
+    @property
+    def quarantined(self) -> int:
+        """Files that are written down in `quarantine`."""
+        return self.damaged + self.misfits
 
     def __str__(self) -> str:
         """What a person wants to know of it."""
@@ -63,7 +71,11 @@ class Ingested:
         if self.restated:
             counts.append(f"{self.restated} restated")
         if self.quarantined:
-            counts.append(f"{self.quarantined} damaged, see {self.quarantine}")
+            kinds = ((self.damaged, "damaged"), (self.misfits, "sound but not of this cube"))
+            told = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
+            counts.append(f"{told}, see {self.quarantine}")
+        if self.passed_over:
+            counts.append(f"{self.passed_over} passed over for their names")
         period = ""
         if self.first is not None and self.last is not None and self.group != STATIC:
             period = f"frames from {_shown(self.first)} to {_shown(self.last)}, "
@@ -122,7 +134,8 @@ def ingest(
         restate: also read files of valid times that are there from other files, and replace those.
         workers: processes that decode and regrid; 0: this one alone.
         scheduler: address of a Dask scheduler whose workers do so instead; see `pipelines.spread`.
-        follow: go on with the files that appear, until SIGINT or SIGTERM.
+        follow: go on with the files that appear, until SIGINT or SIGTERM, or until those valid at `end` are
+            in: when a file of then or later has come, at the latest two hours after.
         every: seconds between two looks for new files, on average.
         max_rate: bytes/s of what is fetched from a URL; None: as fast as it comes.
         cache: folder for what is fetched; None: a temporary one.
@@ -130,11 +143,15 @@ def ingest(
     Raises:
         ValueError: if the source has no files then, if none of them can be read, or if the cube holds another
             grid or cadence.
+        KeyboardInterrupt: by SIGINT, where nothing was read yet or nothing is followed.
+        SystemExit: with code 143 by SIGTERM, then too.
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 frame a commit")
     place = Placing(_window(window), grid)
     first, last = (None if time is None else parse_time(time) for time in (start, end))
+    signals: list[int] = []  # that stopped a feed
+    passed_over = _passed_over(source)
     with _ending_in_order(), Decoder(source) as decoder, spread(workers, scheduler) as workforce:
         work = (
             partial(_prepared, decoder, place)
@@ -148,22 +165,40 @@ def ingest(
         else:
             offered: dict[str, NewFile] = {}  # by URL
             since = first or _since(source, cube, group)
-            with _feed(source, since, max_rate, cache) as feed:
+            with _feed(source, since, max_rate, cache, signals) as feed:
                 intake = Intake(cube, group, batch, restate, partial(_fetched, feed, offered, read))
-                for files in feed.follow(every, tell=log.warning) if follow else _once(feed):
+                for files in feed.follow(every, last, log.warning) if follow else _once(feed):
                     wanted = [file for file in files if last is None or file.valid_time <= last]
                     offered |= {file.url: file for file in wanted}
                     _take_new(intake, wanted)
                     offered.clear()
     if not intake.began:
         reasons = intake.quarantine.reasons
+        if signals and not reasons:
+            _end_by(signals[0])
         if not reasons:
             raise ValueError(f"{cube}: there was no file to read")
         raise ValueError(
             f"{cube}: none of {len(reasons)} files could be read; the reasons are in "
             f"{intake.quarantine.path}, the first: {reasons[0]}"
         )
-    return intake.result()
+    return intake.result(passed_over)
+
+
+def _passed_over(source: Source) -> int:
+    """How many files in a source's folder are not read because of their names, which it tells.
+
+    It is the source that passes them over, in a process that can tell nothing but what it found.
+    """
+    names = [] if _is_remote(source) else unsafe_names(getattr(source, "path", None))
+    if names:
+        log.warning(
+            "%s: %d files passed over for their names, such as %r; expected letters, digits and ._@+,=:-",
+            getattr(source, "path", None),
+            len(names),
+            names[0],
+        )
+    return len(names)
 
 
 def _take_new(intake: "Intake", files: list[NewFile]) -> None:
@@ -198,9 +233,9 @@ def _since(source: Source, cube: str, group: str | None) -> datetime | None:
 
 @contextmanager
 def _feed(
-    source: Source, start: datetime | None, max_rate: float | None, cache: str | None
+    source: Source, start: datetime | None, max_rate: float | None, cache: str | None, signals: list[int]
 ) -> Iterator[Feed]:
-    """The feed of a source, which SIGINT and SIGTERM end between two files.
+    """The feed of a source, which SIGINT and SIGTERM end between two files; they are added to `signals`.
 
     Raises:
         ValueError: if the names of the source's files do not tell their times.
@@ -212,7 +247,7 @@ def _feed(
         )
     named: NamedSource = source  # type: ignore[assignment]
     clock = SystemClock()
-    with tempfile.TemporaryDirectory(prefix="metnet-") as folder, _stopping(clock.stop):
+    with tempfile.TemporaryDirectory(prefix="metnet-") as folder, _stopping(clock.stop, signals):
         manners = Manners(max_rate=max_rate)
         yield open_feed(named, Path(cache or folder), start, LOOKBACK, manners, clock=clock)
 
@@ -221,14 +256,26 @@ def _ending_in_order() -> AbstractContextManager[None]:
     """Lets SIGTERM end the process as an exception does, so that no process and no copy is left behind."""
 
     def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        _end_by(signal.SIGTERM)
 
     return _handling(end, signal.SIGTERM)
 
 
-def _stopping(event: threading.Event) -> AbstractContextManager[None]:
-    """Lets SIGINT and SIGTERM set an event."""
-    return _handling(lambda *_: event.set(), signal.SIGINT, signal.SIGTERM)
+def _stopping(event: threading.Event, signals: list[int]) -> AbstractContextManager[None]:
+    """Lets SIGINT and SIGTERM set an event, and says which came."""
+
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
+        event.set()
+
+    return _handling(stop, signal.SIGINT, signal.SIGTERM)
+
+
+def _end_by(number: int) -> NoReturn:
+    """Ends as a process does that knows nothing of the signal: with 130 after SIGINT, 143 after SIGTERM."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -308,7 +355,8 @@ class Intake:
         self._first: Frame | None = None
         self._cube: Cube | None = None  # None for fields without a time
         self.counts = {"new": 0, "already_there": 0, "conflicting": 0, "restated": 0}
-        self._span: list[datetime] = []
+        self._misfits = 0
+        self._span: tuple[datetime, datetime] | None = None  # of the frames that are there
 
     @property
     def began(self) -> bool:
@@ -321,7 +369,6 @@ class Intake:
         Raises:
             ValueError: if the cube holds another grid, quantity or cadence.
         """
-        self._span += [file.valid_time for file in files if file.valid_time is not None]
         frames: Iterator[Frame] = iter(())
         if self._first is None:
             files, frames = self._begin(files)
@@ -329,22 +376,32 @@ class Intake:
                 return
         fresh = self._fresh(files)
         self.counts["already_there"] += len(files) - len(fresh)
+        self._saw(file.valid_time for file in set(files) - set(fresh))
         rest = self._frames(track(fresh, "reading frames", total=len(fresh)))
         for part in _batches(chain(frames, rest), self.batch):
             self._count(self._write(part))
+            self._saw(frame.valid_time for frame in part)
 
-    def result(self) -> Ingested:
-        """All that was done."""
+    def result(self, passed_over: int = 0) -> Ingested:
+        """All that was done; how many files were passed over is not known here."""
+        first, last = self._span or (None, None)
         return Ingested(
             cube=self.cube,
             group=str(self.group),
             snapshot=Repository.open(self.cube).snapshot,
             **self.counts,
-            quarantined=len(self.quarantine.reasons),
+            damaged=len(self.quarantine.reasons) - self._misfits,
+            misfits=self._misfits,
+            passed_over=passed_over,
             quarantine=str(self.quarantine.path),
-            first=min(self._span, default=None),
-            last=max(self._span, default=None),
+            first=first,
+            last=last,
         )
+
+    def _saw(self, times: Iterable[datetime | None]) -> None:
+        """Widens the span of what is there."""
+        known = [*filter(None, times), *(self._span or ())]
+        self._span = (min(known), max(known)) if known else None
 
     def _begin(self, files: list[RemoteFile]) -> tuple[list[RemoteFile], Iterator[Frame]]:
         """The files not tried yet, and the frame that opens the cube.
@@ -353,7 +410,7 @@ class Intake:
         """
         names = [name for name in _groups(self.cube) if self.group in (None, name)]
         there = _there(self.cube, names, files)
-        new = [file for file in files if file.valid_time not in there]
+        new = _from_the_middle([file for file in files if file.valid_time not in there])
         old = [file for file in files if file.valid_time in there]
         tried: set[RemoteFile] = set()
         for file in (*new, *old):
@@ -361,7 +418,7 @@ class Intake:
             for frame in self._frames([file], into_new=not names):
                 refused = self._open(file, frame)
                 if refused is not None:
-                    self.quarantine.add(refused)
+                    self._refuse(refused)
                 elif file in old:  # it has shown what it was read for; `_fresh` says whether it is written
                     return [other for other in files if other not in tried or other == file], iter(())
                 else:
@@ -413,7 +470,15 @@ class Intake:
             elif read.misplaced and into_new:
                 raise ValueError(f"{Path(file.url).name}: {read.reason}")
             else:
-                self.quarantine.add(read)
+                self._refuse(read)
+
+    def _refuse(self, refused: Refused) -> None:
+        """Writes a file down; the first sound one that is not of this cube is told at once."""
+        self.quarantine.add(refused)
+        if refused.code == Code.OTHER_CUBE:
+            self._misfits += 1
+            if self._misfits == 1:
+                log.warning("%s", refused.reason)
 
     def _checked(self, file: RemoteFile, frame: Frame) -> Frame | Refused:
         """The frame, unless it is not of the kind that the cube holds; the first decides for a new cube."""
@@ -570,6 +635,22 @@ def _decoder(source: bytes) -> Decoder:
 
 def _prepared_by_worker(source: bytes, place: Placing, file: RemoteFile) -> Read:
     return _prepared(_decoder(source), place, file)
+
+
+def _from_the_middle(files: list[RemoteFile]) -> list[RemoteFile]:
+    """The files, those first that are nearest in time to the middle one.
+
+    The frame read first begins the time axis of a new cube: one of a wrong year would keep all others out.
+    """
+    times = sorted(file.valid_time for file in files if file.valid_time is not None)
+    if not times:
+        return files
+    middle = times[len(times) // 2]
+
+    def far(file: RemoteFile) -> tuple[bool, timedelta]:
+        return file.valid_time is None, abs((file.valid_time or middle) - middle)
+
+    return sorted(files, key=far)
 
 
 def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

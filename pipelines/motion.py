@@ -13,6 +13,7 @@ FRAMES = 4  # newest frames that tell the motion
 LARGEST_IMAGE = 1500  # cells a side; larger fields are averaged down first, which costs no visible skill
 FINEST_MOTION = 512  # cells a side of the grid on which motion is smoothed: it varies slowly
 SMOOTHING = 15.0  # cells: how far rain tells the motion of its surroundings
+FINEST_BLUR = 12.0  # cells: wider blurs are done on coarser cells, about as many to a standard deviation
 EDGE = 5  # cells beside unobserved ones, where a radar's edge looks like rain that stands still
 WET = 0.1  # mm/h
 
@@ -92,6 +93,20 @@ def _spread(flow_sum: Field, weight_sum: Field, factor: int) -> Field:
     weight = weight_sum.mean() * np.float32(1e-4)
     for wider, trust in ((1, 1.0), (6, 1e-2)):
         deviation = SMOOTHING * wider * share / factor
-        total = total + trust * cv2.GaussianBlur(flow_sum, (0, 0), deviation)
-        weight = weight + trust * cv2.GaussianBlur(weight_sum, (0, 0), deviation)
+        total = total + trust * _blurred(flow_sum, deviation)
+        weight = weight + trust * _blurred(weight_sum, deviation)
     return total / weight[..., None]
+
+
+def _blurred(field: Field, deviation: float) -> Field:
+    """A Gaussian mean over so many cells; a wide one on coarser cells, where it costs little."""
+    factor = max(1, int(deviation / FINEST_BLUR))
+    if factor == 1:
+        return cv2.GaussianBlur(field, (0, 0), deviation).astype(np.float32)
+    y_size, x_size = field.shape[:2]
+    coarse = (math.ceil(x_size / factor), math.ceil(y_size / factor))
+    small = cv2.resize(field, coarse, interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(
+        small, (0, 0), sigmaX=deviation * coarse[0] / x_size, sigmaY=deviation * coarse[1] / y_size
+    )
+    return cv2.resize(small, (x_size, y_size), interpolation=cv2.INTER_LINEAR).astype(np.float32)

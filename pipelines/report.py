@@ -16,6 +16,7 @@ from pipelines.skill import FEWEST_RUNS, LEVEL, Difference, Skill, perfect
 from pipelines.version import version
 
 HEADLINE_LEAD = 30  # minutes; the lead time nearest to it is the one the headline tells
+UNCALIBRATED = "forecast, not calibrated"
 COLUMNS = 6  # lead times in the table on a terminal at most
 TIME = "%Y-%m-%d %H:%M"
 
@@ -232,10 +233,10 @@ def _score_json(report: Report, score: Score) -> dict[str, Any]:
 
 def _reliability_json(skill: Skill, score: Reliability) -> dict[str, Any]:
     """The reliability diagram of each forecaster, by lead time and bin."""
-    curves = {
-        name: score.curve(skill.sums[score.name][row].sum(dim=0))
-        for row, name in enumerate(skill.forecasters)
-    }
+    sums = {name: skill.sums[score.name][row] for row, name in enumerate(skill.forecasters)}
+    if score.name in skill.uncalibrated:
+        sums[UNCALIBRATED] = skill.uncalibrated[score.name]
+    curves = {name: score.curve(parts.sum(dim=0)) for name, parts in sums.items()}
     return {
         "threshold_mm_h": score.threshold,
         "curves": {
@@ -243,6 +244,7 @@ def _reliability_json(skill: Skill, score: Reliability) -> dict[str, Any]:
                 "probability": _plain(curve.probability),
                 "frequency": _plain(curve.frequency),
                 "count": _plain(curve.count),
+                "calibration_error": _plain(score.value(sums[name].sum(dim=0))),
             }
             for name, curve in curves.items()
         },

@@ -9,8 +9,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from torch import Tensor
+
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
+from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.figures import Case, advantages, case_maps, reliability_diagrams, score_curves
 from pipelines.report import (
@@ -85,9 +88,32 @@ def _reliability(skill: Skill) -> str:
     return (
         "<section><h2>Reliability</h2>"
         "<p>On the dashed line, rain comes as often as it is forecast; below it, probabilities are too high. "
-        "All lead times together; a forecast of one number says only 0 or 1. "
-        f'The bars count the forecast\'s pixels.</p><div class="card narrow">{diagrams}</div></section>'
+        "All lead times together; a forecast of one number says only 0 or 1. The bars count the forecast's "
+        f'pixels.</p>{_calibrated(skill)}<div class="card narrow">{diagrams}</div></section>'
     )
+
+
+def _calibrated(skill: Skill) -> str:
+    """What calibrating did to the distance from the diagonal, if the forecast was calibrated."""
+    said = [
+        f"{score.name.removeprefix('Calibration error ')} from "
+        f"{100 * _error(score, skill.uncalibrated[score.name]):.1f} to "
+        f"{100 * _error(score, skill.sums[score.name][0]):.1f} %"
+        for score in skill.scores
+        if isinstance(score, Reliability) and score.name in skill.uncalibrated
+    ]
+    if not said:
+        return ""
+    return (
+        "<p>The forecast was calibrated on validation data of its training; the dotted line is what the "
+        "network itself said. Calibrating changed the mean distance from the dashed line for "
+        f"{escape('; '.join(said))}.</p>"
+    )
+
+
+def _error(score: Reliability, sums: Tensor) -> float:
+    """The calibration error over all runs and lead times."""
+    return float(score.value(sums.sum(dim=(0, 1))[None])[0])
 
 
 def _table(report: Report) -> str:

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -24,8 +25,16 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 BRANCH = "main"
+URL = re.compile(r"\w+://|(?:s3|gs|https?):")  # also without its slashes: no folder is meant
 LOCK_WAIT = 600.0  # s that a writer waits for another one on a local store
 CONFLICT_TRIES = 8  # on object stores, where writers meet only at the commit
+
+# What Icechunk's errors say, which have no kinds of their own.
+NO_BUCKET = re.compile("NoSuchBucket|specified bucket does not exist")
+NO_RIGHT = re.compile("AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|[Cc]redential|token request")
+NO_ANSWER = re.compile("dispatch failure|[Tt]imed? ?out|error sending request")
+CAUSED = re.compile(r"^(?:x|×|[`╰|├][-─]*[>▶]) *")  # before an error, and before each that it came from
+TOLD = re.compile(r'code: "(\w+)", message: "([^"]+)"')
 
 # Zarr's zstd has no checksum: with crc32c last, a damaged byte is an error and not another number.
 COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
@@ -53,23 +62,29 @@ class Repository:
 
         Raises:
             ValueError: if there is none, saying what is there instead.
+            OSError: if the object store does not answer.
         """
         if not _is_remote(path) and not (Path(path).is_dir() and any(Path(path).iterdir())):
             raise ValueError(f"{path}: {_found(path)}")
         try:
             return cls(path, icechunk.Repository.open(_storage(path), config=_config()))
         except icechunk.IcechunkError as error:
-            raise ValueError(f"{path}: {_found(path)} ({first_line(error)})") from error
+            raise _unopened(path, error) from error
 
     @classmethod
     def open_or_create(cls, path: str) -> "Repository":
         """The repository at `path`; a new one where nothing is.
 
         Raises:
-            ValueError: if something else is there.
+            ValueError: if something else is there, or the path names no place for one.
+            OSError: if the object store does not answer.
         """
         if _is_remote(path):
-            if not icechunk.Repository.exists(_storage(path)):
+            try:
+                there = icechunk.Repository.exists(_storage(path))
+            except icechunk.IcechunkError as error:
+                raise _unopened(path, error) from error
+            if not there:
                 try:
                     icechunk.Repository.create(_storage(path), config=_config())
                 except icechunk.IcechunkError:
@@ -209,7 +224,7 @@ class Repository:
         except (icechunk.ConflictError, icechunk.RebaseFailedError):
             raise
         except icechunk.IcechunkError as error:
-            raise OSError(f"{self.path}: cannot be written: {first_line(error)}") from error
+            raise OSError(f"{self.path}: cannot be written: {_cause(error)}") from error
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -262,9 +277,36 @@ def store_array(
     array[...] = values
 
 
-def first_line(error: Exception) -> str:
-    """The message of an Icechunk error without the trace that follows it."""
-    return str(error).strip().splitlines()[0].strip(" x|") if str(error).strip() else type(error).__name__
+def _unopened(path: str, error: icechunk.IcechunkError) -> ValueError | OSError:
+    """Why a repository cannot be opened, and what to do."""
+    said, cause = str(error), _cause(error)
+    if not _is_remote(path):
+        return ValueError(f"{path}: {_found(path)} ({cause})")
+    if NO_BUCKET.search(said):
+        return ValueError(f"{path}: there is no bucket {urlsplit(path).netloc!r}; make it, or name another")
+    if NO_RIGHT.search(said):
+        return ValueError(
+            f"{path}: the object store does not let you in ({cause}); for s3:// set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, for gs:// GOOGLE_APPLICATION_CREDENTIALS"
+        )
+    if NO_ANSWER.search(said):
+        return OSError(
+            f"{path}: the object store does not answer ({cause}); look whether it can be reached, and at "
+            "AWS_ENDPOINT_URL if that is set"
+        )
+    return ValueError(f"{path}: {_found(path)} ({cause})")
+
+
+def _cause(error: Exception) -> str:
+    """What an Icechunk error came from, in one line, without its trace."""
+    lines = [line.strip(" |") for line in str(error).splitlines() if line.strip(" |")]
+    if not lines:
+        return type(error).__name__
+    chain = [line for line in lines if CAUSED.match(line)]
+    cause = CAUSED.sub("", chain[-1] if chain else lines[0])
+    if told := TOLD.search(cause):  # as S3 answers
+        return f"{told[1]}: {told[2]}"
+    return cause
 
 
 def _wait_for_disk(path: str) -> None:
@@ -284,7 +326,7 @@ def _wait_for_disk(path: str) -> None:
 
 
 def _is_remote(path: str) -> bool:
-    return "://" in path
+    return URL.match(path) is not None
 
 
 def _storage(path: str) -> icechunk.Storage:
@@ -293,6 +335,8 @@ def _storage(path: str) -> icechunk.Storage:
         return icechunk.local_filesystem_storage(str(Path(path).resolve()))
     url = urlsplit(path)
     prefix = url.path.strip("/") or None
+    if "://" not in path or not url.netloc:
+        raise ValueError(f"{path}: names no bucket; expected s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
     if url.scheme == "gs":
         return icechunk.gcs_storage(bucket=url.netloc, prefix=prefix, from_env=True)
     if url.scheme != "s3":

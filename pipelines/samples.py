@@ -3,23 +3,33 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import product
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from metnet.batch import Batch
+from pipelines.beside import Beside, Sides, check_sources
+from pipelines.drop_out import DropOut
+from pipelines.grid import Grid
 from pipelines.motion import FRAMES, motion
 from pipelines.observations import Observations
+from pipelines.past import RADAR_ALONE, cut
+from pipelines.rain_index import RainIndex
+from pipelines.sample_store import SampleStore
 
-IN_MEMORY = 2**30  # bytes; a cube up to this size is read once and kept
-DRY_WEIGHT = 0.02  # of a place without rain, beside at most 1 for a place full of it
 ENDLESS = 2**62  # samples: as many as anybody draws
-Fields = NDArray[np.float32]
+SMALLEST_CROP = 8  # cells
+LONGEST = 0.6  # of a cube's time, that a lead time may take where there are several cubes
+PREFETCHED = 2  # batches that a worker has ready: they bound the memory that waits
+OUTLINE = 33  # places along a side of a grid, by which two grids are found to overlap
+NOTHING_DROPPED = DropOut()
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,18 @@ class Span:
         return cls(frames, leads)
 
     @classmethod
-    def of_those(cls, cadence: timedelta, frames: int, lead_times: Sequence[float]) -> "Span":
-        """As `of`, with those of the lead times that are multiples of the cadence.
+    def of_those(cls, cube: Observations, frames: int, lead_times: Sequence[float]) -> "Span":
+        """As `of`, with those of the lead times that are multiples of the cadence and fit into the cube.
+
+        A short event has no long lead times; one takes no more than `LONGEST` of the cube's time.
 
         Raises:
-            ValueError: if none is.
+            ValueError: if there is none.
         """
-        fitting = [lead for lead in lead_times if not math.fmod(lead * 60, cadence.total_seconds())]
-        return cls.of(cadence, frames, fitting or lead_times)
+        cadence = cube.cadence.total_seconds()
+        longest = LONGEST * (len(cube.times) - 1) * cadence
+        fitting = [lead for lead in lead_times if not math.fmod(lead * 60, cadence) and lead * 60 <= longest]
+        return cls.of(cube.cadence, frames, fitting or lead_times)
 
     @property
     def steps(self) -> int:
@@ -111,8 +125,8 @@ def split(observed: NDArray[np.bool_], span: Span, share: float) -> Split:
 class Samples(Dataset[Batch]):
     """Batches of one sample each; the same `seed` and index always give the same sample.
 
-    Crops are drawn by the rain in the newest frame. That choice looks only at what a forecaster sees too, so
-    it does not bias the probabilities that are learned.
+    Crops are drawn by the rain in the newest frame, and read when they are asked for: from a `SampleStore` in
+    a few milliseconds. Can be pickled; share it with other processes by spawning, not forking.
 
     Args:
         cube: where the frames are.
@@ -122,6 +136,8 @@ class Samples(Dataset[Batch]):
         count: how many samples there are.
         seed: of the choice of time and place.
         augment: also turn and mirror the fields at random.
+        beside: what the network sees beside the radar.
+        drop_out: how likely frames, radars and sources are missing.
     """
 
     def __init__(
@@ -133,17 +149,18 @@ class Samples(Dataset[Batch]):
         count: int = ENDLESS,
         seed: int = 0,
         augment: bool = False,
+        beside: Beside = RADAR_ALONE,
+        drop_out: DropOut = NOTHING_DROPPED,
     ):
-        if crop < 8:
-            raise ValueError(f"crop={crop}: expected at least 8 cells")
-        self.cube, self.inits, self.span = cube, inits, span
+        if crop < SMALLEST_CROP:
+            raise ValueError(f"crop={crop}: expected at least {SMALLEST_CROP} cells")
+        self.cube, self.inits, self.span, self.crop = cube, inits, span, crop
         self.size = min(crop, cube.grid.y_size), min(crop, cube.grid.x_size)
         self.count, self.seed, self.augment = count, seed, augment
+        self.sides, self.drop_out = Sides(cube, beside), drop_out
         self._start = cube.times[0]
-        self._held = held(cube)
-        self._corners = [
-            _corners(whole, part) for whole, part in zip(cube.grid.shape, self.size, strict=True)
-        ]
+        minutes = cube.cadence.total_seconds() / 60
+        self._lead_times = [step * minutes for step in span.leads]
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -155,58 +172,46 @@ class Samples(Dataset[Batch]):
         Raises:
             IndexError: beyond the count.
         """
+        random, init_time, window = self._drawn(index)
+        sample = cut(self.sides, init_time, self.span.frames, self._lead_times, window)
+        leads = np.array(self.span.leads)
+        first = init_time + int(leads[0]) * self.cube.cadence
+        target = self.cube.block(first, int(leads[-1] - leads[0]) + 1, window)[leads - leads[0]]
+        sample = replace(sample, target=torch.from_numpy(target)[None])
+        if self.augment:
+            sample = _turned(sample, random)
+        sample = self.drop_out(sample, random, self.sides.beside.surroundings)
+        return _with_motion(sample) if self.sides.beside.motion else sample
+
+    def told(self, index: int) -> str:
+        """Where and when sample number `index` is."""
+        _, init_time, (y, x, rows, columns) = self._drawn(index)
+        return (
+            f"cube {self.cube.path}, init time {init_time:%Y-%m-%dT%H:%MZ}, "
+            f"rows {y}-{y + rows - 1}, columns {x}-{x + columns - 1}"
+        )
+
+    def _drawn(self, index: int) -> tuple[np.random.Generator, datetime, tuple[int, int, int, int]]:
+        """Of a sample: the chance that is left for all else, its init time, and its window of the grid."""
         if not 0 <= index < self.count:
             raise IndexError(f"sample {index} of {self.count}")
         random = np.random.default_rng((self.seed, index))
-        init, y, x = self._draw(random)
-        steps = np.arange(-(self.span.frames - 1), 1), np.array(self.span.leads)
-        window = (y, x, *self.size)
-        radar, target = (self._read(init + offsets, window) for offsets in steps)
-        if self.augment:
-            radar, target = _turned(random, radar, target)
-        minutes = self.cube.cadence.total_seconds() / 60
-        age = -steps[0] * minutes
-        time = self._start + int(init) * self.cube.cadence
-        return Batch(
-            radar=torch.from_numpy(radar)[None],
-            age=torch.from_numpy(age).float()[None],
-            init_time=torch.tensor([round(time.timestamp())]),
-            lead_time=torch.from_numpy(steps[1] * minutes).float(),
-            cell_size=torch.tensor([self.cube.grid.cell_size], dtype=torch.float32),
-            motion=torch.from_numpy(motion(radar[-FRAMES:], age[-FRAMES:].tolist()))[None],
-            target=torch.from_numpy(target)[None],
-        )
-
-    def _read(self, times: NDArray[np.int64], window: tuple[int, int, int, int]) -> Fields:
-        """(time, y, x) of a window, mm/h; NaN where nothing was written."""
-        y, x, rows, columns = window
-        if self._held is not None:
-            return self._held[times, y : y + rows, x : x + columns]
-        first, count = int(times[0]), int(times[-1] - times[0]) + 1
-        block = self.cube.block(self._start + first * self.cube.cadence, count, window)
-        return block[times - first]
-
-    def _draw(self, random: np.random.Generator) -> tuple[int, int, int]:
-        """Init time and north-west corner of a sample."""
-        chance = random.random() * self._cumulated[-1]
-        place = min(int(np.searchsorted(self._cumulated, chance, side="right")), len(self._cumulated) - 1)
-        ys, xs = self._corners
-        n, y, x = np.unravel_index(place, (len(self.inits), len(ys), len(xs)))
-        return int(self.inits[n]), _jittered(random, ys, int(y)), _jittered(random, xs, int(x))
+        number, y, x = self.index.draw(random)
+        return random, self._start + int(self.inits[number]) * self.cube.cadence, (y, x, *self.size)
 
     @cached_property
-    def _cumulated(self) -> NDArray[np.float64]:
-        """Running sum of the weights of all (init time, corner)s; one pass over the frames."""
-        weights = [
-            _window_weights(
-                self._read(np.array([i]), (0, 0, *self.cube.grid.shape))[0], self._corners, self.size
-            )
-            for i in self.inits
-        ]
-        total = np.cumsum(np.stack(weights))
-        if total[-1] == 0:
-            raise ValueError("no frame of the cube has an observed pixel: there is nothing to learn from")
-        return total
+    def index(self) -> RainIndex:
+        """Where it rains at the init times; of a store it is there already, else one pass over the frames."""
+        if isinstance(self.cube, SampleStore):
+            return replace(self.cube.rain_index(self.crop), frames=self.inits)
+        return RainIndex.of(self.cube, self.crop, self.inits)
+
+    @property
+    def touched(self) -> NDArray[np.int64]:
+        """When (s since 1970) the frames are that a sample may hold, as input or as target; rising."""
+        offsets = np.array([*range(1 - self.span.frames, 1), *self.span.leads])
+        steps = np.unique(self.inits[:, None] + offsets)
+        return round(self._start.timestamp()) + steps * round(self.cube.cadence.total_seconds())
 
 
 class Mixed(Dataset[Batch]):
@@ -219,11 +224,15 @@ class Mixed(Dataset[Batch]):
         parts: the samples of each cube.
         batch_size: samples of a batch, which follow each other from a multiple of it.
         seed: of the choice.
+
+    Raises:
+        ValueError: if there is no cube, or a source that is in none of them.
     """
 
     def __init__(self, parts: Sequence[Samples], batch_size: int, seed: int = 0):
         if not parts or batch_size < 1:
             raise ValueError(f"{len(parts)} cubes, batch_size={batch_size}: expected at least 1 of each")
+        check_sources([part.sides for part in parts])
         self.parts, self.batch_size, self.seed = parts, batch_size, seed
 
     def __len__(self) -> int:
@@ -232,70 +241,130 @@ class Mixed(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """Sample number `index`."""
+        return self._part(index)[index]
+
+    def told(self, index: int) -> str:
+        """Where and when sample number `index` is."""
+        return self._part(index).told(index)
+
+    def _part(self, index: int) -> Samples:
+        """The samples that all numbers of a batch are of."""
         random = np.random.default_rng((self.seed, index // self.batch_size))
-        return self.parts[int(random.integers(len(self.parts)))][index]
+        return self.parts[int(random.integers(len(self.parts)))]
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """One batch of samples that share their lead times."""
+    """One batch of samples that share their lead times, their sizes and their sources.
+
+    Raises:
+        ValueError: if they do not: they are of cubes that no batch can mix.
+    """
+    first = samples[0]
+    if any(not torch.equal(sample.lead_time, first.lead_time) for sample in samples):
+        told = sorted({tuple(sample.lead_time.tolist()) for sample in samples})
+        raise ValueError(
+            f"samples of other lead times in one batch: {told[0]} and {told[1]} min; take all samples of a "
+            "batch from one cube, as Mixed does for numbers from one multiple of batch_size to the next"
+        )
     joined = {
         field.name: torch.cat([getattr(sample, field.name) for sample in samples])
         for field in fields(Batch)
-        if field.name != "lead_time" and isinstance(getattr(samples[0], field.name), Tensor)
+        if field.name != "lead_time" and isinstance(getattr(first, field.name), Tensor)
     }
-    return replace(samples[0], **joined)
+    return replace(first, **joined)
 
 
-def held(cube: Observations) -> Fields | None:
-    """All fields (time, y, x) of a cube that is small enough to keep in memory, else None."""
-    count = len(cube.times)
-    if 4 * count * math.prod(cube.grid.shape) > IN_MEMORY:
-        return None
-    return cube.block(cube.times[0], count)
+def loader(
+    samples: Dataset[Batch], batch_size: int, numbers: Sequence[int] | None = None, workers: int = 0
+) -> DataLoader[Batch]:
+    """Loads batches of samples, by their numbers (which may be worked out as they are asked for) or in order.
+
+    Workers are spawned, since a cube does not survive a fork; each has one thread, and at most `PREFETCHED`
+    batches ready. For a GPU the batches lie in pinned memory, from where they are copied while it computes.
+    """
+    return DataLoader(
+        samples,
+        batch_size,
+        sampler=numbers,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
+        worker_init_fn=_alone_on_its_core if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
-def _corners(whole: int, part: int) -> NDArray[np.int64]:
-    """First cells of overlapping parts that cover the whole, a quarter of a part apart at most."""
-    count = 1 + math.ceil((whole - part) / max(1, part // 4))
-    return np.linspace(0, whole - part, count).astype(np.int64)
+def check_apart(training: Sequence[Samples], validating: Sequence[Samples]) -> None:
+    """Looks whether anything is validated on that is also learned from.
+
+    That is so where samples of both may hold frames of one area less than a cadence apart, in the same cube
+    or in two.
+
+    Raises:
+        ValueError: naming the cubes and the first such time.
+    """
+    for learned, kept in product(training, validating):
+        cadence = max(learned.cube.cadence, kept.cube.cadence)
+        shared = _near(learned.touched, kept.touched, cadence)
+        if shared is None or not _overlap(learned.cube.grid, kept.cube.grid):
+            continue
+        cubes = " and ".join(dict.fromkeys((learned.cube.path, kept.cube.path)))
+        raise ValueError(
+            f"{cubes}: what is learned from and what is validated on hold the same rain, first at "
+            f"{shared:%Y-%m-%dT%H:%M:%SZ}; validate on other events, or keep them apart with start= and end="
+        )
 
 
-def _jittered(random: np.random.Generator, corners: NDArray[np.int64], n: int) -> int:
-    """A first cell near corner `n`, halfway to its neighbours at most, so that every cell can be one."""
-    low = (corners[max(n - 1, 0)] + corners[n]) // 2
-    high = (corners[n] + corners[min(n + 1, len(corners) - 1)]) // 2
-    return int(random.integers(low, high, endpoint=True))
+def _near(some: NDArray[np.int64], others: NDArray[np.int64], within: timedelta) -> datetime | None:
+    """The first of some times (s since 1970, rising) that is nearer to one of the others than this."""
+    after = np.searchsorted(others, some)
+    gaps = [np.abs(some - others[(after + back).clip(0, len(others) - 1)]) for back in (-1, 0)]
+    close = np.flatnonzero(np.minimum(*gaps) < within.total_seconds())
+    return datetime.fromtimestamp(int(some[close[0]]), UTC) if len(close) else None
 
 
-def _window_weights(
-    rain: Fields, corners: Sequence[NDArray[np.int64]], size: tuple[int, int]
-) -> NDArray[np.float64]:
-    """How much each window counts: the mean of 1 - exp(-rate) plus a little; 0 where nothing was observed."""
-    observed = ~np.isnan(rain)
-    wet = np.where(observed, -np.expm1(-np.nan_to_num(rain)), 0.0)
-    rain_sum, seen = (_window_sums(field, corners, size) for field in (wet, observed))
-    return np.where(seen > 0, DRY_WEIGHT + rain_sum / math.prod(size), 0.0)
+def _overlap(one: Grid, other: Grid) -> bool:
+    """Whether a place of one grid lies in the other."""
+    return any(_reaches(*pair) for pair in ((one, other), (other, one)))
 
 
-def _window_sums(
-    field: NDArray[np.generic], corners: Sequence[NDArray[np.int64]], size: tuple[int, int]
-) -> NDArray[np.float64]:
-    """Sums over windows by a summed-area table."""
-    table = np.zeros((field.shape[0] + 1, field.shape[1] + 1))
-    np.cumsum(np.cumsum(field, axis=0, dtype=np.float64), axis=1, out=table[1:, 1:])
-    (ys, xs), (rows, columns) = corners, size
-    north, south = table[ys], table[ys + rows]
-    return south[:, xs + columns] - south[:, xs] - north[:, xs + columns] + north[:, xs]
+def _reaches(one: Grid, other: Grid) -> bool:
+    """Whether any of the places that stand for a grid lies in another."""
+    rows, columns = (np.linspace(0, size - 1, min(size, OUTLINE)).astype(int) for size in one.shape)
+    lon, lat = (field[np.ix_(rows, columns)] for field in one.lonlat())
+    y, x = other.cells(lon, lat)
+    inside = (y > -0.5) & (y < other.y_size - 0.5) & (x > -0.5) & (x < other.x_size - 0.5)
+    return bool(inside.any())
 
 
-def _turned(random: np.random.Generator, radar: Fields, target: Fields) -> tuple[Fields, Fields]:
-    """Both turned and mirrored alike; a field that is not square is turned by half a circle at most."""
-    square = radar.shape[1] == radar.shape[2]
+def _turned(sample: Batch, random: np.random.Generator) -> Batch:
+    """All maps turned and mirrored alike; what is not square is turned by half a circle at most.
+
+    A sample has no motion yet: a vector would have to be turned too.
+    """
+    square = sample.radar.shape[2] == sample.radar.shape[3]
     turns = int(random.integers(4)) if square else 2 * int(random.integers(2))
     mirrored = bool(random.integers(2))
+    maps = {
+        field.name: value
+        for field in fields(Batch)
+        if isinstance(value := getattr(sample, field.name), Tensor) and value.ndim >= 4
+    }
+    turned = {name: torch.rot90(value, turns, (-2, -1)) for name, value in maps.items()}
+    return replace(
+        sample,
+        **{name: (value.flip(-1) if mirrored else value).contiguous() for name, value in turned.items()},
+    )
 
-    def turn(fields: Fields) -> Fields:
-        turned = np.rot90(fields, turns, axes=(1, 2))
-        return (turned[:, :, ::-1] if mirrored else turned).copy()  # torch takes no steps backward
 
-    return turn(radar), turn(target)
+def _with_motion(sample: Batch) -> Batch:
+    """The sample with the motion of the frames that are left."""
+    newest, ages = sample.radar[0, -FRAMES:].numpy(), sample.age[0, -FRAMES:].tolist()
+    return replace(sample, motion=torch.from_numpy(motion(newest, ages))[None])
+
+
+def _alone_on_its_core(worker: int) -> None:
+    """Keeps a worker from taking the other workers' cores."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)

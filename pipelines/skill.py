@@ -1,7 +1,8 @@
 """`Skill`: the sums of every score of every forecaster, run by run, and what they say, with uncertainty."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -30,6 +31,8 @@ class Skill:
     pixels: Tensor  # (run, lead), that count
     observed: Tensor  # (run, lead), that were observed
     rain: Tensor  # (run, lead), mm/h, summed over the pixels that count
+    # of the forecast before it was calibrated, by the names of reliability scores: (run, lead, part)
+    uncalibrated: Mapping[str, Tensor] = field(default_factory=dict)
 
     def values(self, score: Score) -> Tensor:
         """The score over all runs (forecaster, lead); NaN where nothing was counted."""
@@ -55,6 +58,23 @@ class Skill:
         low, high = torch.nanquantile(again[0] - again[1], tails, dim=0)
         relative_low, relative_high = torch.nanquantile((again[0] - again[1]) / again[1], tails, dim=0)
         return Difference(ours - theirs, low, high, (ours - theirs) / theirs, relative_low, relative_high)
+
+    def ratio(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Ratio":
+        """The forecast's mean score over the lead times by a baseline's, with the interval of resampled runs.
+
+        Runs are drawn as `difference` draws them. Lead times at which either has no score are left out.
+        """
+        sums = self.sums[score.name][[0, self.forecasters.index(baseline)]]
+        ours, theirs = (score.value(part.sum(dim=0)) for part in sums)
+        value = float(_mean(ours, theirs) / _mean(theirs, ours))
+        if len(self.init_times) < FEWEST_RUNS:
+            return Ratio(value, math.nan, math.nan)
+        drawn = self._draws(resamples, seed)
+        leads, parts = sums.shape[2:]
+        again = [score.value((drawn @ part.flatten(1)).view(-1, parts)).view(-1, leads) for part in sums]
+        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+        low, high = torch.nanquantile(_mean(*again) / _mean(*again[::-1]), tails).tolist()
+        return Ratio(value, low, high)
 
     @property
     def block(self) -> int:
@@ -91,6 +111,20 @@ class Difference:
     relative: Tensor
     relative_low: Tensor
     relative_high: Tensor
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The forecast's score by a baseline's; `low` and `high` span 90 %, NaN where not known."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _mean(score: Tensor, other: Tensor) -> Tensor:
+    """The mean over the lead times (last) at which both have a score."""
+    return torch.where(other.isnan(), torch.nan, score).nanmean(dim=-1)
 
 
 def perfect(score: Score) -> float:

@@ -1,5 +1,6 @@
 """`spread`: work in this process, in more processes of this machine, or on a cluster, in the same order."""
 
+import asyncio
 import logging
 import tempfile
 from collections import deque
@@ -100,6 +101,7 @@ def spread(workers: int = 0, scheduler: str | None = None) -> Iterator[Spread]:
 
     logging.getLogger("distributed").setLevel(logging.ERROR)  # else it tells of every connection
     if scheduler:
+        _check_answers(scheduler)
         with Client(scheduler, timeout=PATIENCE, set_as_default=False) as client:
             yield Spread(client)
         return
@@ -119,6 +121,32 @@ def spread(workers: int = 0, scheduler: str | None = None) -> Iterator[Spread]:
         Client(cluster, set_as_default=False) as client,
     ):
         yield Spread(client)
+
+
+def _check_answers(scheduler: str) -> None:
+    """Asks a Dask scheduler who it is: a `Client` waits for ever for one that lets it in and says nothing.
+
+    Raises:
+        OSError: if nobody answers in time, or no scheduler.
+    """
+    from distributed import Security
+    from distributed.core import rpc
+
+    async def asked() -> str:
+        settings = Security().get_connection_args("client")
+        async with rpc(scheduler, timeout=PATIENCE, connection_args=settings) as remote:
+            return str((await remote.identity())["type"])
+
+    try:
+        kind = asyncio.run(asyncio.wait_for(asked(), PATIENCE))
+    except (OSError, TimeoutError) as error:
+        kind = f"nobody ({error})" if str(error) else "nobody"
+    if kind != "Scheduler":
+        raise OSError(
+            f"scheduler={scheduler}: expected a Dask scheduler, and {kind} answered within {PATIENCE} s; "
+            "start one there (dask scheduler), look at the certificates, or give workers=N for processes of "
+            "this machine"
+        )
 
 
 def _check_safe(scheduler: str) -> None:

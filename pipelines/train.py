@@ -7,34 +7,49 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from lightning import Callback, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load, save
+from torch import Tensor, nn
 
+from metnet.head import Ordinal
+from metnet.loss import Loss, cross_entropy, ordinal
 from metnet.model import MetNet
 from metnet.prior import Pixels
+from pipelines.beside import Beside
+from pipelines.calibrating import Calibrated, calibrated
+from pipelines.checkpoints import FOLDER, Checkpoints, StoppedError, newest
+from pipelines.drop_out import DropOut
 from pipelines.frame import parse_time
 from pipelines.observations import Observations
 from pipelines.plain import rain_cube
 from pipelines.progress import track
-from pipelines.samples import ENDLESS, Mixed, Samples, Span, split
-from pipelines.task import Learning, RadarData, Task
+from pipelines.sample_store import stored
+from pipelines.samples import ENDLESS, SMALLEST_CROP, Mixed, Samples, Span, check_apart, split
+from pipelines.task import Habits, Importance, Learning, RadarData, Task
 from pipelines.trained import CARD, WEIGHTS, read_card
+from pipelines.training_log import Progress, WriteScores
+from pipelines.training_pictures import Pictures
 from pipelines.version import version
 
 CONFIG = "config.json"
-LAST = "checkpoints/last.ckpt"
+NOTHING_DROPPED = DropOut()
+VALIDATION = "validation.jsonl"
 PRIOR = "prior.safetensors"
+PRECISIONS = ("32-true", "bf16-mixed")  # 16 bits would want losses that are scaled
 PRIOR_SAMPLES = 64  # that the prior is fitted on
 PRIOR_PIXELS = 800  # of each sample and lead time
 log = logging.getLogger(__name__)
@@ -81,11 +96,22 @@ def train(
     prior_steps: int = 150,
     check_every: int = 100,
     leads_per_step: int = 4,
+    loss: Loss | None = None,
+    importance: Sequence[Sequence[float]] = (),
+    on_nonfinite: str = "stop",
+    compile: bool = False,
+    strategy: Strategy | None = None,
+    pictures: bool = True,
     augment: bool = True,
+    drop_out: DropOut = NOTHING_DROPPED,
+    satellite: Sequence[str] = (),
+    static: Sequence[str] = (),
+    reach: float = 2.0,
+    workers: int = 0,
     seed: int = 0,
     start: str | None = None,
     end: str | None = None,
-) -> Trained:
+) -> Trained | None:
     """Trains `model` on cubes to the trainer's limit; the same call again goes on where the last one ended.
 
     The prior of a network with advection is fitted first. Of each cube, the lead times count that are
@@ -107,37 +133,67 @@ def train(
         prior_steps: steps of fitting the prior, before the training.
         check_every: steps from one checkpoint (and validation) to the next.
         leads_per_step: how many of the lead times, drawn anew, a step learns from; validation takes all.
+        loss: what a forecast costs; None: the one that goes with the network's head.
+        importance: pairs of a rate (mm/h), an edge of the network's bins, and how many pixels a pixel with so
+            much rain counts as in the loss; the probabilities stay right.
+        on_nonfinite: "stop" or "skip" a step whose loss or gradient is not finite.
+        compile: compile the network.
+        strategy: Lightning's, where several processes train; None: one process.
+        pictures: draw validation samples and their forecasts into the run folder.
         augment: turn and mirror the training samples at random.
+        drop_out: how likely frames, radars and sources are missing in the training samples.
+        satellite: groups of the cubes, one for each satellite channel of the network.
+        static: fields of the cubes' group "static", one for each static field of the network.
+        reach: how many crops wide the surroundings are.
+        workers: processes that read samples; 0: the training itself.
         seed: of the weights and of the samples.
         start: the first valid time of the cube to use, ISO 8601; None: the cube's first.
         end: the last valid time to use, of targets too; None: the cube's last.
+
+    Returns:
+        None in processes that help the first one.
 
     Raises:
         ValueError: if there is no cube or too little of it, a lead time is no multiple of its cadence, the
             run folder belongs to another call, or the loss stops being finite.
     """
     for key, count, least in (
+        ("batch_size", batch_size, 1),
+        ("crop", crop, SMALLEST_CROP),
         ("leads_per_step", leads_per_step, 1),
         ("check_every", check_every, 1),
         ("prior_steps", prior_steps, 0),
+        ("validation_samples", validation_samples, 0),
+        ("workers", workers, 0),
     ):
         if count < least:
             raise ValueError(f"{key}={count}: expected at least {least}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate={learning_rate}: expected a number above 0, such as 0.001")
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"on_nonfinite={on_nonfinite}: expected stop or skip")
     folder = Path(run)
+    if folder.is_file():
+        raise ValueError(f"run={run}: is a file; expected a folder, which is made if it is not there")
     finished = _finished(folder, config)
     if finished is not None:
         return finished
-    learned = [rain_cube(path) for path in ([cube] if isinstance(cube, str) else cube)]
-    kept = [rain_cube(path) for path in validation_cubes]
+    learned = [stored(rain_cube(path), crop) for path in ([cube] if isinstance(cube, str) else cube)]
+    kept = [stored(rain_cube(path), crop) for path in validation_cubes]
     if not learned:
         raise ValueError("cube=[]: expected at least one to learn from")
     seed_everything(seed, verbose=False)
     network = model()
+    weights = tuple(tuple(float(number) for number in step) for step in importance)
+    Importance(network.bins, weights)  # refuses wrong ones before any work
+    beside = Beside.of(network, satellite, static, reach)
     share = 0.0 if kept else validation
     training, validating = [], []
-    span_of = Span.of if len(learned) + len(kept) == 1 else Span.of_those
+    alone = len(learned) + len(kept) == 1
     for opened in learned:
-        span = span_of(opened.cadence, network.frames, lead_times)
+        span = _span(opened, network.frames, lead_times, alone)
         used = _between(opened, start, end)
         parts = split(opened.observed[used], span, share).later(used.start)
         if share and not len(parts.validation):
@@ -146,64 +202,123 @@ def train(
                 opened.path,
                 opened.observed.sum(),
             )
-        training.append(Samples(opened, parts.training, span, crop, seed=seed, augment=augment))
+        training.append(
+            Samples(
+                opened,
+                parts.training,
+                span,
+                crop,
+                seed=seed,
+                augment=augment,
+                beside=beside,
+                drop_out=drop_out,
+            )
+        )
         if len(parts.validation):
-            validating.append(Samples(opened, parts.validation, span, crop, validation_samples, seed + 1))
+            validating.append(
+                Samples(opened, parts.validation, span, crop, validation_samples, seed + 1, beside=beside)
+            )
     for opened in kept:
-        span = span_of(opened.cadence, network.frames, lead_times)
+        span = _span(opened, network.frames, lead_times, alone)
         inits = split(opened.observed, span, 0.0).training
-        validating.append(Samples(opened, inits, span, crop, validation_samples, seed + 1))
-    data = RadarData(Mixed(training, batch_size, seed), validating, check_every)
+        validating.append(Samples(opened, inits, span, crop, validation_samples, seed + 1, beside=beside))
+    check_apart(training, validating)
+    data = RadarData(Mixed(training, batch_size, seed), validating, workers)
+    skip: Literal["stop", "skip"] = "skip" if on_nonfinite == "skip" else "stop"
+    habits = Habits(leads_per_step, seed, loss or _loss_of(network), weights, skip, compile)
     with _alone(folder):
         _begin(folder, config, [opened.snapshot for opened in learned])
         _fit_prior(network, data.training, folder, prior_steps, seed)
-        task = Task(network, Learning(learning_rate), leads_per_step, seed)
+        task = Task(network, Learning(learning_rate), habits, data, lead_times)
         with _quiet():
-            fitted = _fit(trainer, task, data, folder)
-        return _finish(folder, config, learned, kept, crop, lead_times, task, fitted)
+            fitted = _fit(trainer, task, data, folder, check_every, strategy, pictures)
+        if _helps():
+            return None
+        network = model()  # afresh: that of the task may be shared out among processes
+        network.load_state_dict(fitted.weights)
+        calibration = _calibrated(network, data.validation)
+        return _finish(
+            folder, config, learned, kept, crop, lead_times, beside, network, task, fitted, calibration
+        )
 
 
-def _fit_prior(network: MetNet, samples: Mixed, folder: Path, steps: int, seed: int) -> None:
+def _helps() -> bool:
+    """Whether this process is one that helps a first one, which alone writes."""
+    return int(getattr(rank_zero_only, "rank", 0)) > 0
+
+
+def by_head() -> None:
+    """No loss but the one that goes with the network's head."""
+
+
+def alone() -> None:
+    """No strategy but one process."""
+
+
+def _loss_of(network: nn.Module) -> Loss:
+    """The loss that goes with a head: one that knows the order of the classes for a head that does."""
+    return ordinal if isinstance(getattr(network, "link", None), Ordinal) else cross_entropy
+
+
+def _fit_prior(network: nn.Module, samples: Mixed, folder: Path, steps: int, seed: int) -> None:
     """Gives a network with advection the prior that fits the training samples best.
 
-    It is kept in the run folder, so that a training that goes on starts from the same.
+    It is kept in the run folder, so that a training that goes on starts from the same; of several processes
+    one fits it, and the others wait.
     """
-    if network.prior is None or not steps:
+    if not isinstance(network, MetNet) or network.prior is None or not steps:
         return
     place = folder / PRIOR
-    if place.is_file():
-        network.prior.load_state_dict(load(place.read_bytes()))
-        return
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for number in track(range(PRIOR_SAMPLES), "fitting the prior", total=PRIOR_SAMPLES):
-        batch = samples[ENDLESS // 2 + number * samples.batch_size]  # none that a step learns from
-        drawn.append(network.pixels(batch, PRIOR_PIXELS, generator))
-    network.prior.fit(Pixels.joined(drawn), steps, seed=seed)
-    _replace(place, save(network.prior.state_dict()))
+    with FileLock(folder / "prior.lock"):
+        if place.is_file():
+            network.prior.load_state_dict(load(place.read_bytes()))
+            return
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for number in track(range(PRIOR_SAMPLES), "fitting the prior", total=PRIOR_SAMPLES):
+            batch = samples[ENDLESS // 2 + number * samples.batch_size]  # none that a step learns from
+            drawn.append(network.pixels(batch, PRIOR_PIXELS, generator))
+        network.prior.fit(Pixels.joined(drawn), steps, seed=seed)
+        _replace(place, save(network.prior.state_dict()))
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second training out of a run folder.
+    """Keeps a second training out of a run folder; processes that help the first one may come in.
 
     Raises:
         ValueError: if one is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = nullcontext() if _helps() else FileLock(folder / "train.lock", timeout=0)
     try:
-        with FileLock(folder / "train.lock", timeout=0):
+        with lock:
             yield
     except Timeout as error:
         raise ValueError(f"run={folder}: another training is at work there; wait for it") from error
 
 
+def _span(cube: Observations, frames: int, lead_times: Sequence[float], alone: bool) -> Span:
+    """What a sample of the cube covers: all lead times, or of several cubes those that fit each."""
+    return Span.of(cube.cadence, frames, lead_times) if alone else Span.of_those(cube, frames, lead_times)
+
+
 def _between(cube: Observations, start: str | None, end: str | None) -> slice:
-    """The steps of the cube's time axis within [start, end]."""
+    """The steps of the cube's time axis within [start, end].
+
+    Raises:
+        ValueError: if there is none.
+    """
     low = parse_time(start) if start else cube.times[0]
     high = parse_time(end) if end else cube.times[-1]
     before = sum(time < low for time in cube.times)
-    return slice(before, before + sum(low <= time <= high for time in cube.times))
+    used = slice(before, before + sum(low <= time <= high for time in cube.times))
+    if used.start == used.stop:
+        raise ValueError(
+            f"start={start}, end={end}: nothing of {cube.path} lies there, which reaches from "
+            f"{cube.times[0]:%Y-%m-%dT%H:%MZ} to {cube.times[-1]:%Y-%m-%dT%H:%MZ}"
+        )
+    return used
 
 
 def _finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
@@ -214,17 +329,10 @@ def _finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
     Raises:
         ValueError: if the folder belongs to a call with other settings than how long to train.
     """
-    started = folder / CONFIG
-    if started.is_file() and ((folder / LAST).is_file() or (folder / CARD).is_file()):
-        before, wanted = (
-            dict(_settings(call)) for call in (json.loads(started.read_text())["config"], _plain(config))
+    if _has_learned(folder) and (differing := _differing(folder, config)):
+        raise ValueError(
+            f"run={folder} was started with other settings: {', '.join(differing)}; choose another run folder"
         )
-        differing = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
-        if differing:
-            named = ", ".join(f"{key}={wanted.get(key)} (it was {before.get(key)})" for key in differing)
-            raise ValueError(
-                f"run={folder} was started with other settings: {named}; choose another run folder"
-            )
     card = read_card(folder)
     if card is None or card["config"].get("trainer") != _plain(config).get("trainer"):
         return None
@@ -233,82 +341,157 @@ def _finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
     )
 
 
+def _has_learned(folder: Path) -> bool:
+    """Whether a training left anything in a run folder that another one could go on from."""
+    return any((folder / FOLDER).glob("*.ckpt")) or (folder / CARD).is_file()
+
+
+def _differing(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The settings of a call that a run folder was not begun with, each with what it was."""
+    started = folder / CONFIG
+    if not started.is_file():
+        return []
+    before, wanted = (
+        dict(_settings(call)) for call in (json.loads(started.read_text())["config"], _plain(config))
+    )
+    return [
+        f"{key}={wanted.get(key)} (it was {before.get(key)})"
+        for key in sorted({*before, *wanted})
+        if before.get(key) != wanted.get(key)
+    ]
+
+
+FREE = ("run", "pictures", "strategy")  # where, what is shown, and by whom
+FREE_OF_TRAINER = (
+    "max_steps",
+    "max_time",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "log_every_n_steps",
+)  # how long, and on what
+
+
 def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The settings that make a run what it is, each with its dotted key; not where, nor how long."""
+    free = {"": FREE, "trainer.": FREE_OF_TRAINER}.get(prefix, ())
     for key, value in config.items():
+        if key in free:
+            continue
         if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{key}.") if prefix or key != "trainer" else ()
-        elif prefix or key != "run":
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
             yield f"{prefix}{key}", value
 
 
 def _begin(folder: Path, config: Mapping[str, Any], snapshots: list[str]) -> None:
-    """Writes down what the run was started with; warns if a cube has changed since."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes down what the run was started with; warns if a cube has changed since.
+
+    Where nothing was learned yet, a prior that was fitted with other settings, or to other frames, goes.
+    """
+    if _helps():
+        return
     started = folder / CONFIG
     if started.is_file():
         before = json.loads(started.read_text())["cube_snapshots"]
+        if not _has_learned(folder):
+            if before != snapshots or _differing(folder, config):
+                (folder / PRIOR).unlink(missing_ok=True)
+            before = snapshots
         for old, new in zip(before, snapshots, strict=True):
             if old != new:
                 log.warning("%s goes on with a cube that has changed: snapshot %s, then %s", folder, old, new)
     _replace(started, json.dumps({"config": config, "cube_snapshots": snapshots}, indent=2).encode())
 
 
-def _fit(make: Callable[..., Trainer], task: Task, data: RadarData, folder: Path) -> "Fitted":
-    """Trains from the last checkpoint, or from the start, to the trainer's limit; keeps what validates best.
+def _fit(
+    make: Callable[..., Trainer],
+    task: Task,
+    data: RadarData,
+    folder: Path,
+    check_every: int,
+    strategy: Strategy | None,
+    pictures: bool,
+) -> "Fitted":
+    """Trains from the newest checkpoint, or from the start, to the limit; keeps what validates best.
 
     The untrained network counts too: it is the fitted prior, which a short training can spoil.
+
+    Raises:
+        KeyboardInterrupt: if it was told to stop, once a checkpoint is written.
     """
-    last = folder / LAST
     validated = bool(data.validation)
-    keep = ModelCheckpoint(
-        last.parent,
-        filename="best",
-        monitor="val_crps" if validated else None,
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    on_terminal = sys.stderr.isatty()
-    bar: list[Callback] = [RichProgressBar()] if on_terminal else []
-    trainer = _made(make, [keep, *bar], folder, on_terminal)
-    start = {name: weight.clone() for name, weight in task.state_dict().items()}
-    if validated:
-        trainer.validate(task, datamodule=data, verbose=False)
-    untrained = task.scores
+    callbacks: list[Callback] = [Progress(data.training.batch_size, sys.stderr.isatty())]
+    callbacks += [Pictures(folder / "pictures")] if pictures and validated else []
+    callbacks += [WriteScores(folder / VALIDATION)] if validated else []
+    trainer = _made(make, [*callbacks, Checkpoints(folder / FOLDER, check_every)], folder, strategy)
+    trainer.val_check_interval = check_every * trainer.accumulate_grad_batches  # of batches
+    last = newest(folder / FOLDER)
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=last if last.is_file() else None, weights_only=True)
+        if validated and last is None:
+            _validate(trainer, task, data)
+        trainer.fit(task, datamodule=data, ckpt_path=last, weights_only=True)
+    except StoppedError as stop:
+        log.info("%s: the same command goes on from there", stop)
+        raise KeyboardInterrupt from stop
     except SystemExit as stop:  # what Lightning makes of Ctrl+C
         raise KeyboardInterrupt from stop
-    trainer.save_checkpoint(last)
     steps = trainer.global_step
     if validated and task.scored_at != steps:
-        trainer.validate(task, datamodule=data, verbose=False)
-    best = keep.best_model_score
-    if validated and best is not None and float(best) < task.scores["val_crps"]:
-        task.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
-        trainer.validate(task, datamodule=data, verbose=False)
-    if validated and untrained["val_crps"] < task.scores["val_crps"]:
-        log.warning("the untrained network validates better than the trained one, and is kept: train longer")
-        task.load_state_dict(start)
-        task.scores = untrained
-    if validated:
-        task.scores = {**task.scores, "val_crps_prior": untrained["val_crps"]}
+        _validate(trainer, task, data)
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
-    return Fitted(steps, timer.time_elapsed(), task.scores)
+    return Fitted(steps, timer.time_elapsed(), *_kept(task))
+
+
+def _validate(trainer: Trainer, task: Task, data: RadarData) -> None:
+    """Validates outside of the training.
+
+    Raises:
+        KeyboardInterrupt: if SIGTERM came meanwhile, which Lightning only writes down here.
+    """
+    trainer.validate(task, datamodule=data, verbose=False)
+    if trainer.received_sigterm:
+        raise KeyboardInterrupt
+
+
+def _kept(task: Task) -> tuple[Mapping[str, Tensor], Mapping[str, float], Mapping[str, Any]]:
+    """The averaged weights that validated best, how they did, and their table of scores.
+
+    Without validation they are the last.
+
+    Raises:
+        ValueError: if no validation gave a finite score.
+    """
+    best = task.best
+    if best is None and task.scored_at >= 0:
+        raise ValueError(
+            f"the network validates with {task.scores}: it has diverged, and no model is written; "
+            "lower learning_rate and choose another run folder"
+        )
+    if best is None:
+        return task.weights(), {}, {}
+    if best.step == 0:
+        log.warning("the untrained network validates better than the trained one, and is kept: train longer")
+    return (
+        best.weights,
+        {**best.scores, "val_crps_prior": task.untrained["val_crps"]},
+        {"step": best.step, **best.table},
+    )
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """How long it was trained, and how well it validates."""
+    """How long it was trained, what came of it, and how well that validates."""
 
     steps: int
     seconds: float
+    weights: Mapping[str, Tensor]
     scores: Mapping[str, float]
+    table: Mapping[str, Any]  # scores of all forecasters by lead time, and the step they were found at
 
 
 def _made(
-    make: Callable[..., Trainer], callbacks: Sequence[Callback], folder: Path, on_terminal: bool
+    make: Callable[..., Trainer], callbacks: Sequence[Callback], folder: Path, strategy: Strategy | None
 ) -> Trainer:
     """The trainer, with a clock if it has none.
 
@@ -319,19 +502,24 @@ def _made(
         trainer = make(
             max_epochs=-1,
             callbacks=[*callbacks],
-            logger=CSVLogger(folder, name="logs"),
+            logger=[
+                CSVLogger(folder, name="logs"),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ],
             default_root_dir=folder,
-            gradient_clip_val=1.0,
+            strategy=strategy or "auto",
             num_sanity_val_steps=0,
-            reload_dataloaders_every_n_epochs=1,
-            log_every_n_steps=10,
-            enable_progress_bar=on_terminal,
+            check_val_every_n_epoch=None,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error}") from error
     except AttributeError as error:  # what Lightning makes of max_time=5
         raise ValueError("trainer.max_time: expected days:hours:minutes:seconds") from error
+    _check(trainer)
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if any(isinstance(callback, Timer) and callback.time_remaining() == 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError("trainer.max_time: expected more than no time at all")
@@ -342,6 +530,27 @@ def _made(
     return trainer
 
 
+def _check(trainer: Trainer) -> None:
+    """Refuses what Lightning would take and get wrong: a norm below 0 turns every gradient around.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    clip = trainer.gradient_clip_val
+    for key, value, expected, is_right in (
+        ("precision", trainer.precision, f"one of {', '.join(PRECISIONS)}", trainer.precision in PRECISIONS),
+        (
+            "accumulate_grad_batches",
+            trainer.accumulate_grad_batches,
+            "at least 1",
+            trainer.accumulate_grad_batches >= 1,
+        ),
+        ("gradient_clip_val", clip, "a norm, or 0 for none", clip is None or 0 <= clip < math.inf),
+    ):
+        if not is_right:
+            raise ValueError(f"trainer.{key}={value}: expected {expected}")
+
+
 def _finish(
     folder: Path,
     config: Mapping[str, Any],
@@ -349,36 +558,39 @@ def _finish(
     kept: Sequence[Observations],
     crop: int,
     lead_times: Sequence[float],
+    beside: Beside,
+    network: nn.Module,
     task: Task,
     fitted: Fitted,
+    calibration: Calibrated | None,
 ) -> Trained:
-    """Writes weights, then card: a card is only ever beside its own weights.
-
-    Raises:
-        ValueError: if the scores are not finite.
-    """
-    if not all(math.isfinite(score) for score in fitted.scores.values()):
-        raise ValueError(
-            f"the network validates with {dict(fitted.scores)}: it has diverged, and no model is written; "
-            "lower learning_rate and choose another run folder"
-        )
-    network = task.average
+    """Writes weights, then card: a card is only ever beside its own weights."""
     weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     parameters = sum(parameter.numel() for parameter in network.parameters())
     card = {
         "config": config,
-        "bins": {"edges": network.bins.edges, "top": network.bins.top},  # mm/h
-        "scaling": network.scaling.card(),
+        "bins": {"edges": task.bins.edges, "top": task.bins.top},  # mm/h
+        "scaling": network.scaling.card() if isinstance(network, MetNet) else None,
         "frames": network.frames,
         "cadence_minutes": sorted({cube.cadence.total_seconds() / 60 for cube in learned}),
         "lead_times": [float(lead) for lead in lead_times],
         "crop": crop,
+        "satellite": beside.satellite,
+        "static": beside.static,
+        "reach": beside.reach,
         "cubes": [_told(cube) for cube in learned],
         "validation_cubes": [_told(cube) for cube in kept],
         "steps": fitted.steps,
         "seconds": round(fitted.seconds, 1),
         "parameters": parameters,
+        "loss": _name(task.habits.loss),
+        "importance": task.importance.of_classes()
+        if task.importance.steps
+        else None,  # of each class, undone already
+        "skipped_steps": task.skipped,
+        "calibration": None if calibration is None else calibration.card(),
         "validation": fitted.scores or None,
+        "scores": fitted.table or None,
         "software": f"metnet-nowcast {version()}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": hashlib.sha256(weights).hexdigest(),
@@ -386,6 +598,21 @@ def _finish(
     _replace(folder / WEIGHTS, weights)
     _replace(folder / CARD, json.dumps(card, indent=2).encode())
     return Trained(folder, fitted.steps, fitted.seconds, parameters, fitted.scores)
+
+
+def _calibrated(network: nn.Module, validation: Sequence[Samples]) -> Calibrated | None:
+    """A calibration of a trained network; None without validation, or for the published networks."""
+    if not validation or not isinstance(network, MetNet):
+        return None
+    found = calibrated(network, validation)
+    log.info("%s", found)
+    return found
+
+
+def _name(loss: Loss) -> str:
+    """What a loss is called in Python."""
+    function = loss.func if isinstance(loss, partial) else loss
+    return str(getattr(function, "__name__", function))
 
 
 def _told(cube: Observations) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from metnet.batch import Batch
+from metnet.calibration import Calibration
+from metnet.decision import Cuts
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast, RainBins
 from pipelines.construct import construct
 from pipelines.motion import FRAMES, motion
 
-WEIGHTS, CARD = "model.safetensors", "model.json"
+WEIGHTS, CARD, PRIOR = "model.safetensors", "model.json", "prior.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,8 @@ class TrainedModel:
     network: MetNet
     card: Mapping[str, Any]  # `model.json`
     sha256: str  # of the weights
+    calibration: Calibration | None = None  # of its probabilities; None: as the network says them
+    cuts: Cuts | None = None  # from which probability on it means yes, of calibrated probabilities
 
     @property
     def frames(self) -> int:
@@ -47,20 +51,25 @@ class TrainedModel:
         return tuple(float(lead) for lead in self.card["lead_times"])
 
     def __call__(self, batch: Batch) -> BinnedForecast:
-        """The network's forecast, without gradients."""
+        """The network's forecast, calibrated, without gradients."""
         with torch.inference_mode():
-            forecast: BinnedForecast = self.network(_with_motion(batch))
-        return forecast
+            forecast: BinnedForecast = self.network(with_motion(batch))
+            return forecast if self.calibration is None else self.calibration(forecast, batch.lead_time)
+
+    def uncalibrated(self) -> "TrainedModel":
+        """The same with the network's own probabilities."""
+        return replace(self, calibration=None, cuts=None)
 
 
-def _with_motion(batch: Batch) -> Batch:
-    """The batch with the motion of its newest frames, if nobody has told it yet."""
+def with_motion(batch: Batch) -> Batch:
+    """The batch with the motion of its newest frames that hold anything, if nobody has told it yet."""
     if batch.motion is not None:
         return batch
-    newest = zip(batch.radar[:, -FRAMES:].cpu(), batch.age[:, -FRAMES:].tolist(), strict=True)
-    return replace(
-        batch, motion=torch.from_numpy(np.stack([motion(r.numpy(), a) for r, a in newest])).to(batch.radar)
-    )
+    each = []
+    for radar, age in zip(batch.radar.cpu(), batch.age.cpu(), strict=True):
+        there = (~radar.isnan()).flatten(1).any(dim=1).nonzero()[-FRAMES:, 0]
+        each.append(motion(radar[there].numpy(), age[there].tolist()))
+    return replace(batch, motion=torch.from_numpy(np.stack(each)).to(batch.radar))
 
 
 def trained(path: str | Path) -> TrainedModel:
@@ -90,7 +99,28 @@ def trained(path: str | Path) -> TrainedModel:
     except (RuntimeError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"{weights}: not the weights of the model in {CARD}: {detail} ...") from error
-    return TrainedModel(network.eval(), card, sha256)
+    calibration, cuts = _calibration(folder, card, network.bins)
+    return TrainedModel(network.eval(), card, sha256, calibration, cuts)
+
+
+def untrained(path: str | Path) -> TrainedModel:
+    """The network of a run folder as its training began: the prior that was fitted, and nothing else.
+
+    Raises:
+        ValueError: if the folder holds no finished run, or one of a network without a prior.
+    """
+    folder = Path(path)
+    card, fitted = read_card(folder), folder / PRIOR
+    if card is None or not fitted.is_file():
+        raise ValueError(
+            f"{path}: expected the run folder of a finished `metnet train` of a network with advection, "
+            f"with {CARD} and {PRIOR} in it"
+        )
+    network = _built(folder, card)
+    if network.prior is None:
+        raise ValueError(f"{path}: its network has no prior; expected one trained with model.advection=true")
+    network.prior.load_state_dict(load(fitted.read_bytes()))
+    return TrainedModel(network.eval(), card, hashlib.sha256(fitted.read_bytes()).hexdigest())
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:
@@ -109,6 +139,19 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     if not isinstance(card, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(card).__name__}")
     return card
+
+
+def _calibration(
+    folder: Path, card: Mapping[str, Any], bins: RainBins
+) -> tuple[Calibration | None, Cuts | None]:
+    """The calibration and the cuts that the card tells; None where a run has none."""
+    told = card.get("calibration")
+    if told is None:
+        return None, None
+    try:
+        return Calibration.from_card(told, len(bins.edges)), Cuts.from_card(told["cuts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CARD}: {error}") from error
 
 
 def _built(folder: Path, card: Mapping[str, Any]) -> MetNet:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import compress
@@ -14,18 +14,22 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metnet.calibration import undone
+from metnet.decision import DecidedForecast
 from metnet.forecaster import Forecaster
 from metnet.rain import RainForecast, TabulatedForecast, tabulated
+from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.figures import Case, thinned
 from pipelines.frame import parse_time
 from pipelines.grid import Grid
+from pipelines.late import past_at
 from pipelines.observations import Observations
-from pipelines.past import past
 from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.report import Provenance, Report, spread, text_table
 from pipelines.report_page import write
+from pipelines.run_facts import RunFacts
 from pipelines.runs import RUN_NAME, ForecastStore, RunHeader
 from pipelines.skill import Skill, check_names
 
@@ -130,6 +134,7 @@ class _Run:
     fields: xr.Dataset
     past: "_Past"
     leads: tuple[int, ...]  # indices of the lead times with an observation
+    facts: RunFacts
 
     @classmethod
     def open(cls, store: ForecastStore, name: str, past: "_Past") -> "_Run":
@@ -144,9 +149,10 @@ class _Run:
         leads = tuple(index for index, time in enumerate(valid) if time in past.times)
         if not leads:
             raise _NothingToCountError("the cube has no observation at any of its valid times")
-        if header.init_time not in past.times:
-            raise _NothingToCountError("the cube has no frame at its init time, where baselines start")
-        return cls(header, store.dataset(name), past, leads)
+        facts = RunFacts.of(header)
+        if header.init_time - facts.input_age not in past.times:
+            raise _NothingToCountError("the cube lacks the newest frame that it was made from")
+        return cls(header, store.dataset(name), past, leads, facts)
 
     def blocks(self) -> Iterator[tuple[int, ...]]:
         """The lead times to verify, a few at a time: as many as fit into memory."""
@@ -154,7 +160,23 @@ class _Run:
         for first in range(0, len(self.leads), together):
             yield self.leads[first : first + together]
 
-    def forecast(self, leads: Sequence[int]) -> TabulatedForecast:
+    def forecast(self, leads: Sequence[int]) -> DecidedForecast:
+        """What the store keeps of the run, and from which probability on it means yes."""
+        cuts = {rate: tuple(row[lead] for lead in leads) for rate, row in self.facts.cuts.items()}
+        return DecidedForecast(self._table(leads), cuts)
+
+    def uncalibrated(self, leads: Sequence[int]) -> RainForecast | None:
+        """The probabilities before they were calibrated, at the thresholds at which that is known."""
+        if not self.facts.calibration:
+            return None
+        table = self._table(leads)
+        rates = tuple(rate for rate in self.facts.calibration if rate in table.thresholds)
+        lines = torch.tensor([[self.facts.calibration[rate][lead] for rate in rates] for lead in leads])
+        offset, slope = lines[..., None, None].unbind(dim=2)
+        said = table.exceedance[:, :, [table.thresholds.index(rate) for rate in rates]]
+        return replace(table, thresholds=rates, exceedance=undone(said, offset, slope))
+
+    def _table(self, leads: Sequence[int]) -> TabulatedForecast:
         """What the store keeps of the run."""
 
         def read(name: str, *dims: str) -> Tensor:
@@ -175,7 +197,8 @@ class _Run:
         """
         baseline = self.past.baselines[name]
         minutes = [self.header.lead_times[lead] for lead in leads]
-        batch = past(self.past.cube, self.header.init_time, baseline.frames, minutes)
+        known = self.past.cube, self.header.init_time, baseline.frames, minutes
+        batch = past_at(*known, self.facts.input_age)
         return tabulated(baseline(batch), self.header.thresholds, self.levels)
 
     @property
@@ -197,6 +220,7 @@ class _Tally:
     header: RunHeader
     leads: tuple[float, ...]  # minutes
     sums: Mapping[str, Tensor]  # by score: (forecaster, lead, part)
+    before: Mapping[str, Tensor]  # of reliability before the forecast was calibrated: (lead, part)
     pixels: Tensor
     observed: Tensor
     rain: Tensor
@@ -205,16 +229,22 @@ class _Tally:
 def _tally(run: _Run, scores: Sequence[Score]) -> _Tally:
     """All scores of all forecasters of one run."""
     blocks = [_block(run, leads, scores) for leads in run.blocks()]
-    pixels, seen, rain = torch.cat([counts for counts, _ in blocks], dim=1)
+    pixels, seen, rain = torch.cat([counts for counts, _, _ in blocks], dim=1)
     if not pixels.any():
         raise _NothingToCountError("no pixel was observed where all have a forecast")
     minutes = tuple(run.header.lead_times[lead] for lead in run.leads)
-    sums = {score.name: torch.cat([part[score.name] for _, part in blocks], dim=1) for score in scores}
-    return _Tally(run.header, minutes, sums, pixels, seen, rain)
+    sums = {score.name: torch.cat([part[score.name] for _, part, _ in blocks], dim=1) for score in scores}
+    before = {name: torch.cat([part[name] for _, _, part in blocks]) for name in blocks[0][2]}
+    return _Tally(run.header, minutes, sums, before, pixels, seen, rain)
 
 
-def _block(run: _Run, leads: Sequence[int], scores: Sequence[Score]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of some lead times: pixels that count, pixels observed and their rain; and every score's sums."""
+def _block(
+    run: _Run, leads: Sequence[int], scores: Sequence[Score]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Of some lead times: pixels that count, pixels observed and their rain; and every score's sums.
+
+    With them the sums of reliability before the forecast was calibrated, where that is known.
+    """
     forecasts = [run.forecast(leads), *(run.baseline(name, leads) for name in run.past.baselines)]
     observed = run.observed(leads)
     seen = (~observed.isnan()).sum(dim=(0, 2, 3))
@@ -226,7 +256,13 @@ def _block(run: _Run, leads: Sequence[int], scores: Sequence[Score]) -> tuple[Te
         score.name: torch.stack([score.sums(forecast, observed) for forecast in forecasts])
         for score in scores
     }
-    return counts, sums
+    raw = run.uncalibrated(leads)
+    before = {
+        score.name: score.sums(raw, observed)
+        for score in scores
+        if isinstance(score, Reliability) and raw is not None and score.threshold in run.facts.calibration
+    }
+    return counts, sums, before
 
 
 def _joined(tallies: Sequence[_Tally], scores: Sequence[Score], forecasters: tuple[str, ...]) -> Skill:
@@ -238,6 +274,9 @@ def _joined(tallies: Sequence[_Tally], scores: Sequence[Score], forecasters: tup
         shape[dim] = len(lead_times)
         index = torch.tensor([lead_times.index(lead) for lead in tally.leads])
         return torch.zeros(shape, dtype=torch.float64).index_copy(dim, index, values)
+
+    def before(name: str) -> Tensor:
+        return torch.stack([place(t, t.before.get(name, 0 * t.sums[name][0]), 0) for t in tallies])
 
     return Skill(
         scores=tuple(scores),
@@ -251,6 +290,7 @@ def _joined(tallies: Sequence[_Tally], scores: Sequence[Score], forecasters: tup
         pixels=torch.stack([place(tally, tally.pixels, 0) for tally in tallies]),
         observed=torch.stack([place(tally, tally.observed, 0) for tally in tallies]),
         rain=torch.stack([place(tally, tally.rain, 0) for tally in tallies]),
+        uncalibrated={name: before(name) for name in sorted({name for t in tallies for name in t.before})},
     )
 
 

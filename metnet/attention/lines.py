@@ -37,12 +37,16 @@ def attend(
     """The sum over `axes` of what all places of a line say to each; channels stand at `index`.
 
     On a CPU in full precision the lines go through a few at a time; elsewhere, and wherever somebody must see
-    every step (`torch.compile`, `torch.export`, `torch.func`, autocast), through torch's own kernels.
+    every step (`torch.compile`, `torch.export`, `torch.func`), through torch's own kernels.
     """
     flat = [weight for of_axis in weights for weight in of_axis]
     if x.numel() == 0:
         nothing: Tensor = x + 0 * sum(weight.sum() for weight in flat)
         return nothing
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
+        # backwards, torch's own attention takes twice as long in bfloat16 on a CPU as lines in float32
+        with torch.autocast("cpu", enabled=False):
+            return attend(x.float(), index, axes, heads, weights)
     fits = [_fits(x, axis) for axis in axes]
     if not any(fits):
         return _plain(x, index, axes, heads, flat)
@@ -212,10 +216,10 @@ class _Along:
             for q, k, v, dout, *into in self._head_by_head(n, *qkv, dmixed, *dqkv):
                 _back(q, k, v, dout, into, scores[: len(q)], dscores[: len(q)])
             if weights_too:
-                dto_out.addbmm_(dlines.mT, mixed[at : at + n].mT)
+                _accumulate(dto_out, dlines.mT, mixed[at : at + n])
             for to, made, gradient in zip(self.to_qkv, self._products(dqkv), dto_qkv, strict=True):
                 if weights_too:
-                    gradient.addbmm_(made[:n], lines)
+                    _accumulate(gradient, made[:n], lines.mT)
                 if dx is not None:
                     _add(dx, part, made[:n].mT, to)
         if not weights_too:
@@ -273,6 +277,13 @@ def _taken(t: Places, part: tuple[slice, slice]) -> Lines:
     """The lines of a part; a view where they are of one outer place, or inner ones have but one."""
     outer, inner = part
     return t[outer, :, inner].transpose(1, 2).flatten(0, 1)
+
+
+def _accumulate(
+    total: Tensor, left: Float[Tensor, "line a place"], right: Float[Tensor, "line b place"]
+) -> None:
+    """Adds to `total` (a, b) the products of all lines over their places, as one: `addbmm_` makes many."""
+    total.addmm_(left.transpose(0, 1).flatten(1), right.transpose(0, 1).flatten(1).t())
 
 
 def _add(t: Places, part: tuple[slice, slice], left: Tensor, right: Tensor) -> None:

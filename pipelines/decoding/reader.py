@@ -27,7 +27,7 @@ from datetime import datetime, timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,24 +128,42 @@ class Readers:
             raise Refusal(_code(error, Code.INVALID), reason) from error
 
     def files(
-        self, start: datetime | None, end: datetime | None, place: Path | None, part: bool = False
+        self, start: datetime | None, end: datetime | None, place: Path | None, part: Path | None = None
     ) -> list[RemoteFile]:
         """What the source has within [start, end], listed by a process that can open nothing but `place`.
 
-        That is where the source's files lie, or a `part` of it to list alone.
+        That is where the source's files lie; `part`: the only one of its `places` to be listed, as long as
+        reading a file may take.
 
         Raises:
             Refusal: as `frame`, or if the source finds nothing of its own.
         """
-        seconds = self.limits.seconds if part else self.limits.listing
-        reader = self._for("listing the files", [] if place is None else [place], seconds)
-        request = {"start": _text(start), "end": _text(end), "part": str(place) if part else None}
+        name, seconds = "listing the files", self.limits.listing
+        if part is not None:
+            name, seconds = part.name, self.limits.seconds
+        request = {"start": _text(start), "end": _text(end), "part": None if part is None else str(part)}
+        told = self._listed(name, seconds, place, request)
+        return [RemoteFile(url, _time(valid_time)) for url, valid_time in told]
+
+    def places(self, place: Path | None) -> list[Path]:
+        """What the source would open to list its files; raises as `files` does."""
+        told = self._listed("listing the files", self.limits.listing, place, {"places": "all"})
+        return [Path(path) for path, _ in told]
+
+    def _listed(
+        self, name: str, seconds: float, place: Path | None, request: dict[str, str | None]
+    ) -> list[tuple[str, str | None]]:
+        """The pairs of a path and a time, or none, that a process answers."""
+        reader = self._for(name, [] if place is None else [place], seconds)
         told = self._answer(reader, request, LARGEST_LIST)
-        self._end_reader()
         try:
-            return [RemoteFile(str(url), _time(valid_time)) for url, valid_time in told["files"]]
+            pairs = [(str(path), None if time is None else str(time)) for path, time in told["listed"]]
+            for _, time in pairs:
+                _time(time)
         except Exception as error:
-            raise Refusal(Code.INVALID, f"{reader.name}: its reader gave no list: {error}") from error
+            self._end_reader()
+            raise Refusal(Code.INVALID, f"{name}: its reader gave no list: {error}") from error
+        return pairs
 
     @property
     def alive(self) -> bool:
@@ -405,7 +423,7 @@ def _read(
         sandbox.confine(readable)
         while True:
             request = json.loads(requests.recv_bytes())
-            seconds = limits.seconds if "url" in request else limits.listing
+            seconds = limits.seconds if request.get("url") or request.get("part") else limits.listing
             used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
             resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, resource.RLIM_INFINITY))
             _answer(answers, source, request)
@@ -418,14 +436,10 @@ def _read(
 
 def _answer(answers: int, source: Source, request: dict[str, str | None]) -> None:
     """Sends what was asked for, or why there is none."""
-    name = Path(request.get("url") or "listing the files").name
+    name = Path(request.get("url") or request.get("part") or "listing the files").name
     try:
         if "url" not in request:
-            path = request["part"]
-            part: Source = source if path is None else replace(cast(Any, source), path=path)
-            found = part.files(_time(request["start"]), _time(request["end"]))
-            files = [(file.url, _text(file.valid_time)) for file in found]
-            _send(answers, json.dumps({"files": files}).encode())
+            _send(answers, json.dumps({"listed": _list(source, request)}).encode())
             return
         frame = source.read(RemoteFile(str(request["url"]), _time(request["valid_time"])))
         head = json.dumps(_head(frame)).encode()
@@ -434,6 +448,17 @@ def _answer(answers: int, source: Source, request: dict[str, str | None]) -> Non
         _send(answers, json.dumps(told).encode())
     else:
         _send(answers, head, np.ascontiguousarray(frame.values).data.cast("B"))
+
+
+def _list(source: Source, request: dict[str, str | None]) -> list[tuple[str, str | None]]:
+    """The files that are asked for, each with its time, or the places to look for some, without one."""
+    told: Any = source
+    if "places" in request:
+        return [(str(path), None) for path in told.places()]
+    if request["part"] is not None:
+        told = replace(told, path=request["part"])
+    found = told.files(_time(request["start"]), _time(request["end"]))
+    return [(file.url, _text(file.valid_time)) for file in found]
 
 
 def _send(answers: int, message: bytes, values: memoryview | None = None) -> None:

@@ -169,7 +169,9 @@ class Feed:
     def follow(
         self, every: float, until: datetime | None = None, tell: Callable[[str], None] | None = None
     ) -> Iterator[list[NewFile]]:
-        """New files, as they come, until the clock is stopped or shows `until`.
+        """New files, as they come, until the clock is stopped, or shows `until` and what is valid then is in.
+
+        That is so when a file valid at `until` or later has come, at the latest `lookback` after it.
 
         Listings are about `every` seconds apart: never at the same second of the minute, so that not all who
         follow a service ask at once. `tell` is called with what a person wants to know: that a place does not
@@ -183,7 +185,7 @@ class Feed:
             raise ValueError(f"every={every}: expected above 0 s")
         tell = tell or _nothing
         failures, problem, waiting = 0, "", ""
-        while not self._is_over(until):
+        while not self.clock.stopped:
             listed = self.clock.seconds()
             try:
                 files = self.listing()
@@ -193,6 +195,8 @@ class Feed:
                 if failures == 0 or _without_numbers(error) != problem:
                     tell(f"{error}; trying again")
                 failures, problem = failures + 1, _without_numbers(error)
+                if self._is_past(until):
+                    return
                 rest = error.rest if isinstance(error, UnreachableError) else 0.0
                 self.clock.sleep(max(rest, _pause(every, failures)))
                 continue
@@ -204,7 +208,9 @@ class Feed:
             elif waiting != self._waiting():
                 waiting = self._waiting()
                 tell(waiting)
-            if not self.behind and not self._is_over(until):
+            if self.is_done and self._is_past(until):
+                return
+            if not self.behind and not self.clock.stopped:
                 gone = self.clock.seconds() - listed
                 self.clock.sleep(max(0.0, every * random.uniform(0.75, 1.25) - gone))
 
@@ -282,8 +288,12 @@ class Feed:
         else:
             del self._failed[known]
 
-    def _is_over(self, until: datetime | None) -> bool:
-        return self.clock.stopped or (until is not None and self.clock.now() >= until)
+    def _is_past(self, until: datetime | None) -> bool:
+        """Whether no more is waited for, as of the last listing."""
+        now = self.clock.now()
+        if until is None or now < until:
+            return False
+        return now >= until + self.lookback or (self.newest is not None and self.newest >= until)
 
     def _waiting(self) -> str:
         since = "" if self.newest is None else f" after {self.newest:%Y-%m-%dT%H:%M:%SZ}"

@@ -16,7 +16,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,16 +202,18 @@ def _sha256_of(path: Path, inode: int, size: int, changed: int) -> str:
 class _Hdf5:
     file: h5py.File
     sha256: str
+    found: "dict[str, _Hdf5Array | None]" = field(default_factory=dict)  # what was asked for, by name
 
     def attributes(self, group: str) -> Attributes:
         node = self.file.get(group or "/")
         return {} if node is None else _hdf5_attributes(node)
 
     def array(self, name: str) -> Array | None:
-        node = self.file.get(name)
-        if not isinstance(node, h5py.Dataset) or _is_bare_dimension(node):
-            return None
-        return _Hdf5Array(node, self.sha256)
+        if name not in self.found:
+            node = self.file.get(name)
+            is_array = isinstance(node, h5py.Dataset) and not _is_bare_dimension(node)
+            self.found[name] = _Hdf5Array(node, self.sha256) if is_array else None
+        return self.found[name]
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,9 @@ class _Hdf5Array:
 
 def _is_bare_dimension(node: h5py.Dataset) -> bool:
     """Whether NetCDF keeps only the size of a dimension there, and no coordinates."""
-    return node.is_scale and str(_hdf5_attributes(node).get("NAME")).startswith(BARE_DIMENSION)
+    if not node.is_scale or "NAME" not in node.attrs:
+        return False
+    return str(hdf5.attribute(node, "NAME")).startswith(BARE_DIMENSION)
 
 
 def _hdf5_attributes(node: h5py.HLObject) -> Attributes:

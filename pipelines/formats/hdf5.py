@@ -4,7 +4,6 @@ HDF5 lets a file point at other files: by external links, datasets stored outsid
 The library follows all three without a word, so a feed could have any readable file published as weather.
 """
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise, product
@@ -14,6 +13,8 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from pipelines.formats.inflate import inflated
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 MOST_CELLS = 64 * 10**6  # of a field
@@ -52,13 +53,14 @@ def attribute(node: h5py.HLObject, name: str) -> object:
     Raises:
         ValueError: if the object has no such attribute, or an unreadable one.
     """
-    if name not in node.attrs:
+    held = node.attrs
+    if name not in held:
         raise ValueError(f"{node.name} has no attribute {name}")
-    stored = node.attrs.get_id(name)
+    stored = held.get_id(name)
     if stored.get_storage_size() > LARGEST_ATTRIBUTE:
         raise ValueError(f"the attribute {name} of {node.name} is larger than {LARGEST_ATTRIBUTE} bytes")
     try:
-        value = node.attrs[name]
+        value = held[name]
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"the attribute {name} of {node.name} cannot be read ({error})") from error
     if isinstance(value, np.ndarray) and value.size == 1:
@@ -123,15 +125,12 @@ def _chunked(dataset: h5py.Dataset, kind: np.dtype[Any]) -> NDArray[Any]:
 def _plain(packed: bytes, filters: list[int], dataset: h5py.Dataset) -> bytes:
     """The bytes of a chunk before they went through the filters."""
     size = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize
-    whole = True
     if DEFLATE in filters:
-        unzip = zlib.decompressobj()
         try:
-            packed = unzip.decompress(packed, size + 1)
-        except zlib.error as error:
+            packed = inflated(packed, size)
+        except ValueError as error:
             raise ValueError(f"{dataset.name} has a damaged chunk ({error}); fetch it again") from error
-        whole = unzip.eof and not unzip.unused_data
-    if len(packed) != size or not whole:
+    if len(packed) != size:
         raise ValueError(f"{dataset.name} has a chunk of other than {size} bytes; fetch it again")
     if SHUFFLE in filters:
         return np.frombuffer(packed, np.uint8).reshape(dataset.dtype.itemsize, -1).T.tobytes()

@@ -150,13 +150,7 @@ def _rate(found: h5py.File, shape: tuple[int, int], count: float) -> NDArray[np.
         raise ValueError(f"counts {scale} {units} from {offset}, expected {MM} kg m-2 from 0")
     if not isinstance(fill, int) or fill >= 0:
         raise ValueError(f"marks what is missing by {fill}, expected a number below 0")
-    if stored.chunks is not None:
-        chunks = int(np.prod([-(-size // step) for size, step in zip(shape, stored.chunks, strict=True)]))
-        if stored.id.get_num_chunks() != chunks:
-            raise ValueError(f"holds {stored.id.get_num_chunks()} of {chunks} parts of its field")
-    elif stored.id.get_storage_size() == 0:
-        raise ValueError("its field was never written")
-    counts = stored[:]
+    counts = hdf5.values(stored, shape)
     reserved = counts < 0
     wrong = reserved & ~np.isin(counts, (fill, *NOT_RAIN))
     if wrong.any():

@@ -60,6 +60,7 @@ class Cf:
     path: str | None = None
     variable: str = cf.RAINFALL_RATE.name  # the array; group/array where it lies in a group
     quantity: str = cf.RAINFALL_RATE.name  # what it is, by a name of `pipelines.cf`
+    attributes: Mapping[str, str | float] | None = None  # that the array must have; None: any
     factor: float | None = None  # from its numbers to the quantity's unit; None: as its units say
     missing: Sequence[float] = ()  # stored numbers, besides those it names, that are "not observed"
     select: Mapping[str, str | float] | None = None  # the label to take of each further dimension
@@ -67,6 +68,9 @@ class Cf:
     y: str | None = None
     time: str | None = None
     crs: str | None = None  # None: its grid mapping, or EPSG:4326 of longitude and latitude
+    sampling: float | None = (
+        None  # of which all cell centres are whole multiples, in the CRS's unit; None: any
+    )
     time_is: str = "end"  # of what it sums or averages: end or start
     interval: float | None = None  # minutes of that; None: the cadence
     cadence: float | None = None  # minutes from field to field; None: the commonest step of the file
@@ -84,13 +88,19 @@ class Cf:
             ValueError: for such a setting.
         """
         object.__setattr__(self, "missing", tuple(float(value) for value in self.missing))
-        for mapping in ("select", "classes"):  # plain, so that it can be sent to another process
+        for mapping in (
+            "select",
+            "classes",
+            "attributes",
+        ):  # plain, so that it can be sent to another process
             given = getattr(self, mapping)
             object.__setattr__(self, mapping, None if given is None else dict(given.items()))
         if self.quantity not in QUANTITIES:
             raise ValueError(f"source.quantity={self.quantity}: expected one of {', '.join(QUANTITIES)}")
         if self.time_is not in ("end", "start"):
             raise ValueError(f"source.time_is={self.time_is}: expected end or start")
+        if self.sampling is not None and self.sampling <= 0:
+            raise ValueError(f"source.sampling={self.sampling}: expected more than 0")
 
     def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
         """The fields valid within [start, end], by rising valid time; then what cannot be opened.
@@ -98,7 +108,7 @@ class Cf:
         Raises:
             ValueError: if there is no such folder, file or store.
         """
-        found = [file for path in self._paths() for file in self._fields(path)]
+        found = [file for path in self.places() for file in self._fields(path)]
         if self.group == STATIC:
             yield from found
             return
@@ -117,8 +127,12 @@ class Cf:
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
 
-    def _paths(self) -> Iterator[Path]:
-        """The files and stores at `path`; no symbolic link is followed."""
+    def places(self) -> Iterator[Path]:
+        """The files and stores at `path`, none of which is opened; no symbolic link is followed.
+
+        Raises:
+            ValueError: if there is no such folder, file or store, or nothing of such a name in it.
+        """
         if self.path is None or not Path(self.path).exists():
             raise ValueError(
                 f"source.path={self.path}: not there; expected a folder, a NetCDF file or a Zarr store"
@@ -155,6 +169,7 @@ class Cf:
 
     def _frame(self, arrays: Arrays, valid_time: datetime | None) -> Frame:
         array = self._array(arrays)
+        self._check_attributes(array)
         x, y = (self._line(arrays, array, axis) for axis in ("x", "y"))
         grid = self._grid(arrays, array, x, y)
         time, cadence, fixed = ALWAYS, None, dict[str, int]()
@@ -191,6 +206,20 @@ class Cf:
         if array is None:
             raise ValueError(f"holds no array {self.variable!r}; name another by source.variable")
         return array
+
+    def _check_attributes(self, array: Array) -> None:
+        """Refuses an array whose attributes are not the registered ones.
+
+        Formats keep no checksum of them, and one flipped bit in a bound of what is valid or in a fill value
+        turns a field to "not observed".
+        """
+        for name, expected in (self.attributes or {}).items():
+            got = array.attributes.get(name)
+            if not _same(got, expected):
+                raise ValueError(
+                    f"its {name} is {got}, expected {expected} (source.attributes); a damaged file, fetch it "
+                    "again, or another version of the product"
+                )
 
     def _find(self, arrays: Arrays, name: str) -> Array | None:
         """An array of the same group, or of one above."""
@@ -339,9 +368,30 @@ class Cf:
             )
         return Grid.from_coordinates(
             crs.to_wkt(),
-            x.centres(crs)[:: 1 if x.ascends else -1],
-            y.centres(crs)[:: -1 if y.ascends else 1],
+            self._sampled("x", x.centres(crs))[:: 1 if x.ascends else -1],
+            self._sampled("y", y.centres(crs))[:: -1 if y.ascends else 1],
         )
+
+    def _sampled(self, axis: str, centres: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The centres without the rounding of their file, where it is known of what they are multiples.
+
+        32-bit metres round by a quarter of a metre, which at the limb of a satellite's disk is some metres on
+        the ground.
+
+        Raises:
+            ValueError: if more than that rounding is between them and neighbouring multiples.
+        """
+        if self.sampling is None:
+            return centres
+        exact = np.rint(centres / self.sampling) * self.sampling
+        off = np.abs(centres - exact).max()
+        steps = np.diff(exact) / self.sampling
+        if off > np.spacing(np.float32(np.abs(centres).max())) or not np.allclose(np.abs(steps), 1):
+            raise ValueError(
+                f"its {axis} are no neighbouring multiples of {self.sampling:.10g}, from which they lie up "
+                f"to {off:.3g}; set source.sampling to what they are sampled at, or to null"
+            )
+        return exact
 
     def _crs(self, arrays: Arrays, array: Array, x: Line, y: Line) -> str:
         if self.crs is not None:
@@ -386,6 +436,14 @@ class Cf:
 
 
 QUANTITIES = {known.name: known for known in vars(cf).values() if isinstance(known, Variable)}
+
+
+def _same(got: object, expected: str | float) -> bool:
+    """Whether an attribute is the expected text or number."""
+    if isinstance(expected, str):
+        return str(got) == expected
+    numbers = np.atleast_1d(np.asarray(got)) if got is not None else np.empty(0)
+    return numbers.shape == (1,) and numbers.dtype.kind in "iuf" and float(numbers[0]) == expected
 
 
 def _is_data(path: Path) -> bool:

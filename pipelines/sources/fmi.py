@@ -7,7 +7,6 @@ what it is in comment lines before its size, a GeoTIFF (TIFF 6.0, OGC 19-008r4) 
 import hashlib
 import math
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -26,6 +25,7 @@ from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 
 from pipelines.cf import RAINFALL_RATE, REFLECTIVITY
+from pipelines.formats.inflate import inflated
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.sources.source import RemoteFile, content, named_files, stamp, unzipped
@@ -296,16 +296,10 @@ def _cells(picture: DatasetReader, message: bytes) -> Counts:
 
 
 def _tile(zipped: bytes, size: int) -> Counts:
-    unzip = zlib.decompressobj()
     try:
-        counts = unzip.decompress(zipped, size + 1)
-    except zlib.error as error:
+        return np.frombuffer(inflated(zipped, size), np.uint8)
+    except ValueError as error:
         raise ValueError(f"a GeoTIFF with a damaged tile ({error}); fetch it again") from error
-    if len(counts) != size or not unzip.eof:
-        raise ValueError(
-            f"a GeoTIFF with a tile of {len(counts)} cells, or cut, expected {size}; fetch it again"
-        )
-    return np.frombuffer(counts, np.uint8)
 
 
 @lru_cache(maxsize=8)

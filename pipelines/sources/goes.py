@@ -5,7 +5,7 @@ lightning on the same grid: glmtools (Bruning et al. 2019, doi:10.1029/2019JD030
 of equal scan angles (PROJ: `geos`, sweep x). The grids of the regular scenes are registered here, and a
 mesoscale scene must lie on the same lattice.
 
-The files of lightning points (GLM-L2-LCFA) are lists of flashes and not fields, and are not read.
+The files of lightning points (GLM-L2-LCFA) are lists of flashes: `pipelines.sources.glm` counts them.
 
 A scan takes its time, and its times jitter by a second or so. A frame is valid at the end of the slot in
 which its scan is complete, slots being whole multiples of the cadence: a forecast that starts from a frame
@@ -70,8 +70,9 @@ MINUTES_OF_MODE = {("F", 3): 15, ("F", 4): 5}  # where another scan mode has oth
 LAST_REFLECTIVE = 6  # channels to here see sunlight, the others heat
 CHANNELS = range(1, 17)
 
-# What GLM sees, as scan angles in radians: a circle of 16 and a square of 15 degrees (GOES-R Data Book)
-VIEW = (float(np.radians(8.0)), float(np.radians(7.5)))  # radius and half side
+# What GLM sees, as scan angles in radians: a circle and a square of 15 degrees. The GOES-R Data Book says 16
+# degrees of the circle, but events are seen to 8.195 degrees from its middle.
+VIEW = (float(np.radians(8.2)), float(np.radians(7.5)))  # radius and half side
 PER_MINUTES = re.compile(r"Count per nominal +3136 microradian\^2 pixel per (\d+\.\d+) min")
 
 Table = NDArray[np.float64]  # the physical value of each of the 65,536 counts

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -185,10 +186,9 @@ def _check_corners(grid: Grid, said: object) -> None:
     """Refuses a file whose outer corners (lon and lat of LL, UL, UR, LR) are not those of the grid."""
     if not isinstance(said, np.ndarray) or said.shape != (8,):
         raise ValueError(f"has geo_product_corners={said}, expected 8 numbers")
-    crs = CRS.from_wkt(grid.crs)
     x = grid.x_first - grid.x_step / 2 + grid.x_step * grid.x_size * np.array([0, 0, 1, 1])
     y = grid.y_first - grid.y_step / 2 + grid.y_step * grid.y_size * np.array([1, 0, 0, 1])
-    lon, lat = Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True).transform(x, y)
+    lon, lat = _to_lonlat(grid.crs).transform(x, y)
     if not (np.abs(said[1::2]) <= 90).all():
         raise ValueError(f"has geo_product_corners={said}, which are no places")
     _, _, off = Geod(ellps="WGS84").inv(lon, lat, said[::2].astype(float), said[1::2].astype(float))
@@ -197,6 +197,13 @@ def _check_corners(grid: Grid, said: object) -> None:
             f"its corners (lon, lat) lie up to {np.max(off):.0f} m from those of {grid}; "
             f"expected at most {CORNER_TOLERANCE:g} m"
         )
+
+
+@lru_cache(maxsize=8)
+def _to_lonlat(wkt: str) -> Transformer:
+    """From a map to the longitude and latitude of its own earth."""
+    crs = CRS.from_wkt(wkt)
+    return Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
 
 
 def _check_meaning(file: h5py.File, layout: Layout) -> None:

@@ -3,6 +3,9 @@
 An `.npz` holds up to 11 days: `data` (time, y, x), and `dates` as pickled `datetime`s. A pickle may run any
 code, so dates are taken out by an unpickler that knows nothing but dates. The published samples are thinned:
 from one frame to the next pass 5 minutes or a week.
+
+The quality of the rainfall is an archive of its own: percent, the mean of a day. It says how far to trust
+a place that day and not which frames to leave out, so it is a field beside the rain and no mask on it.
 """
 
 import hashlib
@@ -25,12 +28,12 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from pipelines.cf import RAINFALL_RATE, REFLECTIVITY, Variable
+from pipelines.cf import RADAR_QUALITY, RAINFALL_RATE, REFLECTIVITY, Variable
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.sources.source import RemoteFile, paths, within
 
-CADENCE = timedelta(minutes=5)
+CADENCE, DAY = timedelta(minutes=5), timedelta(days=1)
 MOST_FRAMES = 12 * 24 * 11  # in the longest third of a month
 LARGEST_DATES = 2**20  # bytes of pickled dates
 LARGEST_HEADER = 10_000  # bytes
@@ -45,21 +48,25 @@ class Product:
     variable: Variable
     scale: float  # of a number, in the variable's units
     missing: int
+    cadence: timedelta = CADENCE
+    group: str = "radar"  # of a cube
 
 
+QUALITY = "rainfall_mean_quality-code"
 PRODUCTS = {
     "rainfall": Product(RAINFALL_RATE, 0.12, -1),  # 0.01 mm in 5 minutes
     "reflectivity_old": Product(REFLECTIVITY, 1.0, 255),  # lower bound of a class, dBZ
+    QUALITY: Product(RADAR_QUALITY, 1.0, 255, DAY, "quality"),
 }
 
 
 @dataclass(frozen=True)
 class Meteonet:
-    """The frames of one product and zone in a folder and its subfolders."""
+    """The frames of one product and zone in a folder and its subfolders, or in one archive."""
 
     grid: Grid  # of the zone, by `radar_coords_<zone>.npz`
     zone: str = "NW"
-    product: str = "rainfall"  # or reflectivity_old
+    product: str = "rainfall"  # or reflectivity_old, rainfall_mean_quality-code
     path: str | None = None
     trusted: ClassVar[bool] = False
 
@@ -78,14 +85,24 @@ class Meteonet:
         Raises:
             ValueError: if the folder is not there, or holds no file of this product and zone at all.
         """
+        yield from within([file for path in self.places() for file in self._frames(path)], start, end)
+
+    def places(self) -> Iterator[Path]:
+        """The archives of the product and zone, none of which is opened; `path` may be one of them.
+
+        Raises:
+            ValueError: if the folder is not there, or holds none at all.
+        """
         name = re.compile(rf"{self.product}_{re.escape(self.zone)}_\d{{4}}_\d{{2}}\.[123]\.npz")
-        found = [path for path in paths(self.path, f"MeteoNet {self.product}") if name.fullmatch(path.name)]
+        one = self.path is not None and Path(self.path).is_file()
+        all_ = [Path(str(self.path))] if one else paths(self.path, f"MeteoNet {self.product}")
+        found = [path for path in all_ if name.fullmatch(path.name)]
         if not found:
             raise ValueError(
                 f"{self.path}: no files of MeteoNet {self.product} there or in its subfolders; looked for "
                 f"names such as {self.product}_{self.zone}_2016_08.3.npz"
             )
-        yield from within([file for path in found for file in self._frames(path)], start, end)
+        yield from found
 
     def read(self, file: RemoteFile) -> Frame:
         """The frame that is valid at the file's time; NaN where it was not observed.
@@ -106,11 +123,12 @@ class Meteonet:
             return Frame(
                 variable=product.variable,
                 valid_time=file.valid_time,
-                cadence=CADENCE,
+                cadence=product.cadence,
                 grid=self.grid,
                 values=_physical(archived.frame(dates.index(file.valid_time), shape), product),
                 source=f"MeteoNet {self.product} {self.zone}, Meteo-France",
                 sha256=archived.sha256,
+                group=product.group,
             )
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
@@ -162,7 +180,7 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _dates(archive: zipfile.ZipFile) -> list[datetime]:
-    """The valid times (UTC) of the frames, which rise."""
+    """The valid times (UTC) of the frames, which rise; of a mean of a day, its end."""
     with archive.open("dates.npy") as member:
         read = member.read(LARGEST_DATES + 1)
     if len(read) > LARGEST_DATES:
@@ -192,11 +210,17 @@ def _unpickled_dates(stored: IO[bytes]) -> list[datetime]:
         def __setstate__(self, state: Any) -> None:
             self.state = state
 
-    def date(packed: object) -> datetime:
+    def moment(packed: object) -> datetime:
         if not isinstance(packed, bytes) or len(packed) != 10:
             raise ValueError("a date that is not one of Python's")
         year, month, day, hour, minute, second = struct.unpack(">HBBBBB", packed[:7])
         return datetime(year, month, day, hour, minute, second, tzinfo=UTC)
+
+    def end_of_day(packed: object) -> datetime:
+        if not isinstance(packed, bytes) or len(packed) != 4:
+            raise ValueError("a day that is not one of Python's")
+        year, month, day = struct.unpack(">HBB", packed)
+        return datetime(year, month, day, tzinfo=UTC) + DAY
 
     def encode(text: object, codec: object) -> bytes:  # of a pickle of protocol 2
         if not isinstance(text, str) or codec != "latin1" or len(text) > 10:
@@ -208,7 +232,8 @@ def _unpickled_dates(stored: IO[bytes]) -> list[datetime]:
         "numpy._core.multiarray._reconstruct": lambda *_: Kept(),
         "numpy.ndarray": None,
         "numpy.dtype": lambda *_: Kept(),
-        "datetime.datetime": date,
+        "datetime.datetime": moment,
+        "datetime.date": end_of_day,
         "_codecs.encode": encode,
     }
 

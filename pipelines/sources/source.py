@@ -2,13 +2,13 @@
 
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from pipelines.formats.inflate import GZIP, DamageError, inflater
 from pipelines.frame import Frame
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._@+,=:-]{1,200}")  # what a file may be called
@@ -29,7 +29,9 @@ class Source(Protocol):
 
     One whose frames are in several files that lie side by side also says `beside: ClassVar[bool] = True`, so
     that its reader may open all of the source's folder, and not one file alone. One whose frames belong to
-    another group of a cube than "radar" says which: `group: ClassVar[str]`.
+    another group of a cube than "radar" says which: `group: ClassVar[str]`. One that opens its files to list
+    them has `places() -> Iterator[Path]`: what it would open, by name alone; each of them may stand for its
+    `path`, so that a file which holds up whoever opens it holds up no other.
     """
 
     trusted: ClassVar[bool]  # whether it reads no bytes from outside, and so needs no process of its own
@@ -104,6 +106,15 @@ def paths(folder: str | None, product: str) -> Iterator[Path]:
                 yield path
 
 
+def unsafe_names(folder: str | None) -> list[str]:
+    """The names in a folder and all below that `paths` passes over because they are not safe to use."""
+    if folder is None:
+        return []
+    return [
+        name for _, _, names in os.walk(folder) for name in sorted(names) if not SAFE_NAME.fullmatch(name)
+    ]
+
+
 def within(files: list[RemoteFile], start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
     """Those valid within [start, end], by rising valid time; those of an unknown time come last."""
     known = [(file.valid_time, file.url, file) for file in files if file.valid_time is not None]
@@ -142,12 +153,12 @@ def unzipped(zipped: bytes, largest: int) -> bytes:
     """
     if not zipped.startswith(b"\x1f\x8b"):
         return zipped
-    unzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    unzip = inflater(GZIP)
     parts, left, size = [], zipped, 0
     while left and not unzip.eof:
         try:
             parts.append(unzip.decompress(left, UNZIPPED_AT_ONCE))
-        except zlib.error as error:
+        except DamageError as error:
             raise ValueError(f"a damaged gzip file ({error})") from error
         left, size = unzip.unconsumed_tail, size + len(parts[-1])
         if size > largest:

@@ -2,7 +2,7 @@
 
 Grey is reflectivity; alpha tells where there is an echo. Nothing tells "dry" from "not seen" but the radar's
 range: beyond it is NaN, within it no echo is 0. The time is in the name only. tdm-project/tdm-tools is the
-source of scale, Z-R and turn.
+source of scale, Z-R and turn; nothing in the real files confirms the turn.
 """
 
 import hashlib

@@ -243,7 +243,7 @@ def radar_batch(frames, rows, columns, device="meta"):
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("small", 0.5e6, 0.7e6), ("base", 10e6, 30e6), ("large", 80e6, 100e6)]
+    ("name", "least", "most"), [("small", 0.1e6, 0.2e6), ("base", 10e6, 30e6), ("large", 80e6, 100e6)]
 )
 def test_a_preset_has_the_size_it_names(name, least, most):
     net = preset(name)

@@ -34,30 +34,39 @@ def small(**arguments):
 
 def test_before_training_the_forecast_is_the_widened_extrapolation():
     batch = a_batch()
+    batch.radar[:, -1, 12:30, 20:45] = torch.nan  # filled by the frame before, and in part of that too
+    batch.radar[:, -2, 20:30, 30:45] = torch.nan
     network = small()
     with torch.no_grad():
         probability = network(batch).probability[0]
     prior = network.prior
     carried = advect(batch.radar[:, -1], batch.motion, LEADS)[0]
+    minutes = torch.zeros_like(carried)  # since each value was seen
     for back, age in ((2, 5.0), (3, 10.0)):
         older = advect(batch.radar[:, -back], batch.motion, LEADS + age)[0]
-        carried = torch.where(carried.isnan(), older, carried)
-    weights = prior.weights(LEADS, torch.full((3,), 1000.0)).detach().numpy()
+        filled = carried.isnan() & ~older.isnan()
+        carried, minutes = torch.where(filled, older, carried), minutes.masked_fill(filled, age)
     usual = np.array(climatology(BINS))
+    each = {age: prior.weights(LEADS + age, torch.full((3,), 1000.0)) for age in (0.0, 5.0, 10.0)}
     for n, field in enumerate(carried.numpy()):
         classes = np.where(np.isnan(field), -1, np.digitize(field, BINS.edges))
+        of_age = sum(
+            (minutes[n] == age).numpy()[..., None, None] * each[age][n].detach().numpy() for age in each
+        )
+        weights = np.moveaxis(of_age, (2, 3), (1, 0))[None]  # (1, part, bin, y, x)
         onehot = np.stack([(classes == k).astype(float) for k in range(len(BINS))])
         seen = (classes >= 0).astype(float)
-        total = weights[n, :, -1, None, None] * usual[:, None, None]
-        for part, side in enumerate(SIDES[:2]):
-            near = np.stack([uniform_filter(one, side, mode="constant") for one in onehot])
-            near += (1 - uniform_filter(seen, side, mode="constant")) * usual[:, None, None]
-            total = total + weights[n, :, part, None, None] * near
-        for part, side in enumerate(SIDES[2:], start=2):
-            blocks = np.stack([blocked(one) for one in (*onehot, seen)])
-            blocks = np.stack([uniform_filter(one, side // 4, mode="constant") for one in blocks])
-            near = blocks[:-1] + (1 - blocks[-1]) * usual[:, None, None]
-            total = total + weights[n, :, part, None, None] * upsampled(near)
+        total = weights[0, -1] * usual[:, None, None]
+        near = usual[:, None, None]
+        for part in reversed(range(len(SIDES))):
+            coarse = 4 if part >= 2 else 1
+            cells = np.stack([blocked(one) if coarse > 1 else one for one in (*onehot, seen)])
+            *shares, known = (uniform_filter(one, SIDES[part] // coarse, mode="constant") for one in cells)
+            if part == len(SIDES) - 1:  # a tenth of climatology for what is unknown of the widest
+                near = (shares + 0.1 * (1 - known) * near) / (known + 0.1 * (1 - known))
+            else:  # else as the next wider says
+                near = shares + (1 - known) * (upsampled(near) if part == 1 else near)
+            total = total + weights[0, part] * (upsampled(near) if coarse > 1 else near)
         expected = total / total.sum(axis=0)
         np.testing.assert_allclose(probability[n].numpy(), expected, atol=1e-3)
 
@@ -106,6 +115,50 @@ def test_a_hole_in_the_newest_frame_is_filled_by_the_one_before():
         full, patched, unseen = (network(batch).mean() for batch in (whole, holed, blind))
     assert torch.isfinite(unseen).all()
     assert (patched - full).abs().mean() < 0.2 * (unseen - full).abs().mean()
+
+
+def test_a_value_counts_as_far_ahead_as_it_was_carried():
+    prior = AdvectionPrior(BINS, climatology(BINS))
+    for weight in prior.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    batch = a_batch()
+    carried, cell = advect(batch.radar[:, -1], batch.motion, LEADS), torch.tensor([1000.0])
+    frame = (torch.rand(carried.shape) < 0.3).to(torch.uint8)
+    with torch.no_grad():
+        said = prior(carried, LEADS, cell, torch.tensor([[5.0, 25.0]]), frame)
+        fresh, stale = (prior(carried, LEADS + age, cell) for age in (5.0, 25.0))
+    older = (frame == 1)[:, :, None]
+    torch.testing.assert_close(said, torch.where(older, stale, fresh))
+
+
+def test_the_older_the_newest_frame_the_wider_the_forecast():
+    network, entropies = small(), []
+    for late in (0.0, 10.0, 30.0):
+        batch = a_batch(speed=(0.0, 0.0))
+        with torch.no_grad():
+            probability = network(replace(batch, age=batch.age + late)).probability
+        entropies.append(-(probability * probability.log()).sum(dim=2).mean().item())
+    assert entropies[0] < entropies[1] < entropies[2]
+
+
+def test_frames_that_are_missing_are_as_frames_that_are_late():
+    gone = a_batch()
+    gone.radar[:, -2:] = torch.nan
+    late = replace(gone, radar=gone.radar.roll(2, 1), age=gone.age + 10)
+    network = small()
+    with torch.no_grad():
+        torch.testing.assert_close(network(gone).probability, network(late).probability)
+
+
+def test_of_frames_that_were_lost_the_last_one_left_is_carried():
+    batch = a_batch()
+    batch.radar[:, 1:] = torch.nan
+    with torch.no_grad():
+        said = small()(batch).mean()
+    lost = replace(batch, radar=torch.full_like(batch.radar, torch.nan))
+    with torch.no_grad():
+        nothing = small()(lost).mean()
+    assert (said - nothing).abs().max() > 0.5
 
 
 def test_every_weight_of_network_and_prior_learns():
@@ -160,6 +213,12 @@ def test_single_pixels_get_what_the_whole_field_gets():
     assert some.fell.tolist() == [2, 2, 2] and some.lead_time.tolist() == [30.0] * 3
     with torch.no_grad():
         torch.testing.assert_close(prior.at(some)[0], prior(carried, LEADS, cell)[0, 1, :, 20, 7])
+    age, frame = torch.tensor([[0.0, 15.0]]), torch.zeros_like(carried, dtype=torch.uint8)
+    frame[0, 1, 20, 7] = 1
+    old = pixels(BINS, carried, LEADS, cell, target, 1, torch.Generator().manual_seed(0), age, frame)
+    assert old.lead_time.tolist() == [45.0]
+    with torch.no_grad():
+        torch.testing.assert_close(prior.at(old)[0], prior(carried, LEADS, cell, age, frame)[0, 1, :, 20, 7])
 
 
 def test_a_fitted_prior_is_as_wide_as_the_rain_turned_out_to_be_unsure():

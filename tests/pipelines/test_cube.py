@@ -205,7 +205,14 @@ def test_a_time_between_two_steps_is_refused_and_the_nearest_step_named(written)
 def test_a_frame_of_another_kind_is_refused(written):
     for wrong, said in (
         (replace(frame(9), grid=Grid("EPSG:3035", 0, 1000.3, 5, 0, -999.9, 4)), "grid is"),
-        (replace(frame(9), variable=cf.RAINFALL_RATE_MEAN), "variable is"),
+        (
+            replace(frame(9), variable=cf.RAINFALL_RATE_MEAN),
+            r"variable is rainfall_rate_mean \(units mm h-1\), but the cube has rainfall_rate \(units mm h-1\)",
+        ),
+        (
+            replace(frame(9), variable=replace(cf.RAINFALL_RATE, valid_range=(0.0, 500.0))),
+            r"rainfall_rate \(valid_range \(0.0, 500.0\)\), but .* \(valid_range \(0.0, 2000.0\)\)",
+        ),
         (replace(frame(9), cadence=timedelta(minutes=2)), "cadence is 0:02:00, but the cube has 0:05:00"),
         (replace(frame(9), sha256="0" * 64), "expected 64 hexadecimal digits"),
         (replace(frame(9), sha256="unknown"), "expected 64 hexadecimal digits"),

@@ -50,11 +50,19 @@ class Actor:
     beside: bool = False
     trusted: ClassVar[bool] = False
 
-    def files(self, start, end):
+    def places(self):
         place = Path(self.path)
-        for path in sorted(place.glob("*.txt")) if place.is_dir() else [place]:
+        found = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+        if not found:
+            raise ValueError(f"{place}: no text in it")
+        return found
+
+    def files(self, start, end):
+        for path in self.places():
             if path.read_text() == "crash":
                 ctypes.string_at(0)
+            if path.read_text() == "hang":
+                time.sleep(60)
             yield RemoteFile(path.read_text(), start)
 
     def read(self, file):
@@ -335,27 +343,38 @@ def test_a_list_that_leads_out_of_the_sources_folder_is_refused(actor, play, tmp
             decoder.files(None, None)
 
 
-def test_a_file_that_ends_whoever_lists_it_does_not_stop_the_others(actor, play, tmp_path):
-    files = [play(text) for text in ("well", "fill 0", "crash")]
+@pytest.mark.parametrize(("text", "said"), [("crash", "signal 11"), ("hang", "took more than 1 s")])
+def test_a_file_that_holds_up_whoever_lists_it_costs_its_own_time_and_no_other_file(
+    actor, play, tmp_path, text, said
+):
+    files = [play(text) for text in ("well", "fill 0", text)]
     for file in files[:2]:
         Path(file.url).write_text(file.url)
-    with Decoder(type(actor)(path=str(tmp_path / "plays"))) as decoder:
-        assert decoder.files(MIDNIGHT, None) == [
+    source = type(actor)(path=str(tmp_path / "plays"))
+    with Decoder(source, Limits(seconds=1, listing=3600)) as decoder:
+        listed = decoder.files(MIDNIGHT, None)
+        assert listed == [
             RemoteFile(files[1].url, MIDNIGHT),
             RemoteFile(files[0].url, MIDNIGHT),
             RemoteFile(files[2].url, None),
         ]
-        with pytest.raises(Refusal, match="signal 11"):
-            decoder.decode(RemoteFile(files[2].url, None))
+        with pytest.raises(Refusal, match=rf"^{text}.txt: .*{said}"):
+            decoder.decode(listed[2])
+        with pytest.raises(Refusal, match=said):  # the refusal was of then: it is read when asked for again
+            decoder.decode(listed[2])
 
 
-def test_listing_that_fails_is_a_reason_too(actor, tmp_path):
-    with (
-        Decoder(type(actor)(path=str(tmp_path / "gone"))) as decoder,
-        pytest.raises(Refusal, match="listing"),
-    ):
-        (tmp_path / "gone").mkdir()
-        (tmp_path / "gone" / "bad.txt").write_bytes(b"\xff\xfe\xff")
+def test_a_file_that_cannot_be_listed_is_a_reason_too(actor, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
+    with Decoder(type(actor)(path=str(tmp_path))) as decoder:
+        (file,) = decoder.files(None, None)
+        assert file == RemoteFile(str(tmp_path / "bad.txt"), None)
+        with pytest.raises(Refusal, match=r"^bad.txt: UnicodeDecodeError"):
+            decoder.decode(file)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(actor, tmp_path):
+    with Decoder(type(actor)(path=str(tmp_path))) as decoder, pytest.raises(Refusal, match="no text in it"):
         decoder.files(None, None)
 
 

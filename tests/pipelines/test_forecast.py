@@ -1,7 +1,7 @@
 """A run is what the forecaster said, where something was seen, written once and whole."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
@@ -12,6 +12,9 @@ import torch
 import xarray as xr
 
 from metnet.batch import Batch
+from metnet.calibration import Calibration, undone
+from metnet.decision import Cuts
+from metnet.model import MetNet
 from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
 from pipelines import run_blocks
 from pipelines.baselines.extrapolation import Extrapolation
@@ -21,6 +24,7 @@ from pipelines.cube import Cube
 from pipelines.forecast import forecast, from_path
 from pipelines.frame import Frame
 from pipelines.grid import Grid
+from pipelines.run_facts import RunFacts
 from pipelines.runs import ForecastStore, RunHeader
 from pipelines.trained import TrainedModel
 
@@ -200,9 +204,12 @@ def test_init_times_without_data_name_those_that_exist(tmp_path, store):
     cube = make_cube(tmp_path / "cube", {0.0: np.ones((3, 3)), 5.0: np.ones((3, 3)), 20.0: np.ones((3, 3))})
 
     with pytest.raises(
-        ValueError, match=r"no frame then; the nearest are 2020-06-01T00:05:00Z and .*00:20:00Z"
+        ValueError,
+        match=r"no frame then, nor up to 5 min before \(stalest\); the nearest are 2020-06-01T00:05:00Z and .*00:20:00Z",
     ):
-        forecast(cube, Persistence(), store, init_time="2020-06-01T00:15")
+        forecast(cube, Persistence(), store, init_time="2020-06-01T00:15", stalest=5)
+    with pytest.raises(ValueError, match=r"no frame then; the nearest are"):
+        forecast(cube, Persistence(), store, init_time="2020-06-01T00:22")  # between two steps of the axis
     with pytest.raises(ValueError, match=r"of 3 frames from 2020-06-01T00:00:00Z to 2020-06-01T00:20:00Z"):
         forecast(cube, Persistence(), store, init_time="2021-06-01")
     with pytest.raises(
@@ -229,7 +236,56 @@ def test_init_times_without_data_name_those_that_exist(tmp_path, store):
 def test_a_frame_without_a_single_observation_is_no_start(tmp_path, store):
     cube = make_cube(tmp_path / "cube", {0.0: np.ones((3, 3)), 5.0: np.full((3, 3), np.nan)})
     with pytest.raises(ValueError, match="holds no observation"):
-        forecast(cube, Persistence(), store)
+        forecast(cube, Persistence(), store, stalest=0)
+    with pytest.raises(
+        ValueError, match=r"holds no observation, nor does any up to 30 min before \(stalest\)"
+    ):
+        blind = {0.0: np.full((3, 3), np.nan), 5.0: np.full((3, 3), np.nan)}
+        forecast(make_cube(tmp_path / "blind", blind), Persistence(), store)
+
+
+def test_a_late_source_is_forecast_from_the_frames_there_are_at_their_true_ages(tmp_path, store):
+    frames = {5.0 * i: np.full((3, 4), float(i)) for i in range(5) if i != 3}
+    frames[20.0][:] = np.nan  # written, and empty
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looking(Certain):
+        frames: int = 3
+
+        def __call__(self, batch: Batch) -> EnsembleForecast:
+            seen.append((batch.radar[0, :, 0, 0].tolist(), batch.age[0].tolist(), batch.init_time.tolist()))
+            return super().__call__(batch)
+
+    cube = make_cube(tmp_path / "cube", frames)
+    made = forecast(cube, Looking(1.0), store, init_time="2020-06-01T00:25")
+
+    header, run = newest(store)
+    assert seen == [([0, 1, 2], [25, 20, 15], [round((START + 25 * MINUTE).timestamp())])]
+    assert header.init_time == START + 25 * MINUTE and run["valid_time"].values[0] == np.datetime64(
+        "2020-06-01T00:30"
+    )
+    assert header.attributes["input_age_minutes"] == "15" and header.attributes["degraded"] == "true"
+    missing = "2020-06-01T00:15:00Z 2020-06-01T00:20:00Z 2020-06-01T00:25:00Z"
+    assert header.attributes["inputs_missing"] == missing and missing in str(made)
+    assert RunFacts.of(header).input_age == 15 * MINUTE
+    with pytest.raises(ValueError, match=r"no frame then, nor up to 30 min before \(stalest\)"):
+        forecast(cube, Looking(1.0), store, init_time="2020-06-01T01:00")
+    with pytest.raises(ValueError, match=r"stalest=-1: expected minutes from 0"):
+        forecast(cube, Looking(1.0), store, stalest=-1)
+
+
+def test_a_late_extrapolation_is_that_of_the_frames_it_has_carried_further(tmp_path, store):
+    field = np.zeros((32, 48), np.float32)
+    field[10:16, 8:14] = 5.0
+    frames = {5.0 * i: np.roll(field, 2 * i, axis=1) for i in range(4)}
+    cube = make_cube(tmp_path / "cube", frames)
+    forecast(cube, Extrapolation(), store, init_time="2020-06-01T00:15", lead_times=[20])
+    forecast(cube, Extrapolation(), store, init_time="2020-06-01T00:25", lead_times=[10])
+
+    opened = ForecastStore.open(store)
+    fresh, late = (opened.dataset(name)["rainfall_rate_mean"].values[0] for name in opened.names())
+    np.testing.assert_allclose(late, fresh, atol=1e-4)
 
 
 def test_all_passes_over_a_frame_without_an_observation_and_says_so(tmp_path, store, caplog):
@@ -348,6 +404,62 @@ def test_a_large_grid_is_written_lead_by_lead_to_the_same_run(tmp_path, monkeypa
     once, apart = newest(str(tmp_path / "once"))[1], newest(str(tmp_path / "apart"))[1]
     xr.testing.assert_allclose(once, apart, atol=1e-4)
     assert float(once["rainfall_rate_mean"].mean()) > 0.5
+
+
+def calibrated_network() -> TrainedModel:
+    """Its probabilities of 1 mm/h and more are halved in odds, and it has cuts."""
+    level = ((0.0, 0.0), (-float(np.log(2)), 0.0), (0.0, 0.0))
+    nothing = ((0.0, 0.0),) * 3
+    calibration = Calibration((0.0,) * 3, level, nothing, (5.0, 10.0))
+    cuts = Cuts(BINS.edges, (5.0, 10.0), ((0.4, 0.3), (0.2, 0.1), (0.5, 0.5)))
+    return replace(network(), network=Unsure(), calibration=calibration, cuts=cuts)
+
+
+@dataclass
+class Unsure(Network):
+    """Stands for a MetNet that gives every class the same probability."""
+
+    bins: RainBins = BINS
+
+    def __call__(self, batch: Batch) -> BinnedForecast:
+        shape = (1, len(batch.lead_time), 4, *batch.radar.shape[2:])
+        return BinnedForecast(torch.full(shape, 0.25), self.bins)
+
+
+def test_a_calibrated_run_says_so_and_how_to_undo_it(cube, store, tmp_path):
+    forecast(cube, calibrated_network(), store, thresholds=[0.1, 0.5, 1.0])
+    forecast(cube, calibrated_network(), str(tmp_path / "raw"), thresholds=[0.1, 0.5, 1.0], calibrated=False)
+
+    header, run = newest(store)
+    said = run["probability_of_exceedance"][:, :, 0, 0].values
+    raw_header, raw_run = newest(str(tmp_path / "raw"))
+    raw = raw_run["probability_of_exceedance"][:, :, 0, 0].values
+    np.testing.assert_allclose(raw, [[0.75, 0.75 - 0.25 * 4 / 9, 0.5]] * 2, atol=1e-5)
+    np.testing.assert_allclose(said[:, [0, 2]], [[0.75, 1 / 3]] * 2, atol=1e-5)
+    facts = RunFacts.of(header)
+    assert facts.cuts == {0.1: (0.4, 0.3), 1.0: (0.2, 0.1)}
+    assert sorted(facts.calibration) == [0.1, 1.0]
+    offset, slope = torch.tensor(facts.calibration[1.0]).unbind(dim=1)
+    np.testing.assert_allclose(undone(torch.from_numpy(said[:, 2]), offset, slope), raw[:, 2], atol=1e-5)
+    assert (header.attributes["calibrated"], raw_header.attributes["calibrated"]) == ("true", "false")
+    assert RunFacts.of(raw_header) == RunFacts()
+    with pytest.raises(ValueError, match="calibrated=true and not false"):
+        forecast(cube, calibrated_network(), store, thresholds=[0.1, 0.5, 1.0], calibrated=False)
+
+
+def test_a_network_that_sees_place_and_surroundings_is_shown_them(cube, store):
+    torch.manual_seed(0)
+    net = MetNet(
+        frames=2, channels=8, fine_channels=4, depth=0, grid=(4, 4), position=True, surroundings=4, bins=BINS
+    )
+    card = {"cadence_minutes": [5.0], "lead_times": [5.0], "config": {"satellite": [], "static": []}}
+    forecast(cube, TrainedModel(net.eval(), card, "ab" * 32), store)
+    _, run = newest(store)
+    assert np.isfinite(run["rainfall_rate_mean"][0, :, :4]).all()
+
+    strange = {**card, "config": {"satellite": ["brightness_temperature"]}}
+    with pytest.raises(ValueError, match="was made to see 0"):
+        forecast(cube, TrainedModel(net, strange, "ab" * 32), store + "2")
 
 
 def test_a_model_of_another_cadence_is_refused(cube, store):

@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -409,6 +410,96 @@ def test_a_first_new_file_of_a_time_off_the_axis_does_not_stop_the_rest(odd, tmp
     result = ingest(Odd(odd_time=odd), cube)
     assert (result.new, result.quarantined) == (len(files) - 2, 1)
     assert json.loads(Path(result.quarantine).read_text())["code"] == "not_of_this_cube"
+
+
+def test_a_first_file_of_a_wrong_year_does_not_begin_the_cube_that_the_others_are_of(tmp_path, caplog):
+    files = list(SMALL.files(None, None))
+    result = ingest(Odd(odd_time=datetime(1950, 1, 1, tzinfo=UTC)), str(tmp_path / "cube"))
+    assert (result.new, result.damaged, result.misfits) == (len(files) - 1, 0, 1)
+    assert Cube.open(str(tmp_path / "cube")).times[0] == files[1].valid_time
+    assert f"{len(files) - 1} new, 0 already there, 1 sound but not of this cube, see" in str(result)
+    (warning,) = caplog.messages
+    assert (
+        "looks like a wrong date" in warning
+        and "if the date is right, write it to a cube of its own" in warning
+    )
+
+
+def test_the_span_that_is_told_is_of_the_frames_that_are_in_the_cube(tmp_path):
+    files = list(SMALL.files(None, None))
+    bad = Flaky(frozenset({0, len(files) - 1}))
+    for _ in range(2):  # new, and already there
+        result = ingest(bad, str(tmp_path / "cube"))
+        assert (result.first, result.last) == (files[1].valid_time, files[-2].valid_time)
+
+
+@dataclass
+class Live(Flaky):
+    """The simulated source as files in a folder, which can be followed; `looked`: called with each name."""
+
+    path: str | None = None
+    looked: Callable[[str], None] = lambda name: None
+
+    def valid_time(self, name: str) -> datetime | None:
+        self.looked(name)
+        return datetime.strptime(name, "%Y%m%d%H%M.txt").replace(tzinfo=UTC) if name[0] == "2" else None
+
+    def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
+        for path in sorted(Path(str(self.path)).glob("2*.txt")):
+            yield RemoteFile(str(path), self.valid_time(path.name))
+
+    def read(self, file: RemoteFile) -> Frame:
+        return next(SMALL.read(known) for known in SMALL.files(file.valid_time, file.valid_time))
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Live:
+    """All files of the simulated source, at rest for long."""
+    folder = tmp_path / "live"
+    folder.mkdir()
+    for file in SMALL.files(None, None):
+        path = folder / f"{file.valid_time:%Y%m%d%H%M}.txt"
+        path.touch()
+        os.utime(path, (0, 0))
+    return Live(path=str(folder))
+
+
+def test_following_ends_by_itself_when_all_up_to_the_end_is_in(live, tmp_path):
+    times = [file.valid_time for file in SMALL.files(None, None)]
+    result = ingest(live, str(tmp_path / "cube"), follow=True, end=times[4])
+    assert (result.new, result.first, result.last) == (5, times[0], times[4])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_signal_before_anything_was_read_ends_with_the_code_of_that_signal(
+    number, code, follow, live, tmp_path
+):
+    for path in Path(str(live.path)).iterdir():
+        path.rename(path.with_name(f"other{path.name}"))  # as if none had come yet
+    live.looked = lambda name: os.kill(os.getpid(), number)
+    if not follow:
+        live.files = lambda start, end: iter([live.valid_time("other")])
+    with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as ended:
+        ingest(live, str(tmp_path / "cube"), follow=follow)
+    assert getattr(ended.value, "code", None) == code
+    assert not (tmp_path / "cube").exists()
+
+
+def test_a_feed_that_a_signal_ends_after_its_first_frames_is_told_as_done(live, tmp_path):
+    first = next(SMALL.files(None, None))
+    live.read = lambda file: os.kill(os.getpid(), signal.SIGTERM) or SMALL.read(first)
+    result = ingest(live, str(tmp_path / "cube"), follow=True, end=first.valid_time)
+    assert result.new == 1
+
+
+def test_names_that_are_not_safe_to_use_are_counted_and_told(live, tmp_path, caplog):
+    (Path(str(live.path)) / "below").mkdir()
+    for name in ("my rain.txt", "below/rain;rm.txt", "fine.txt"):
+        (Path(str(live.path)) / name).touch()
+    result = ingest(live, str(tmp_path / "cube"))
+    assert result.passed_over == 2 and "2 passed over for their names" in str(result)
+    assert "2 files passed over for their names, such as 'my rain.txt'" in caplog.text
 
 
 def test_a_damaged_first_file_of_times_that_another_group_has_does_not_hide_the_others(tmp_path):

@@ -1,5 +1,6 @@
 """The report that a person reads and the numbers that a program reads."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -211,6 +212,25 @@ def test_the_json_holds_every_number_and_only_json(report: Report) -> None:
     assert np.sum(curve["count"], axis=1).tolist() == [960] * 3
 
 
+def test_what_calibrating_did_is_told_in_numbers_words_and_the_diagram() -> None:
+    skill = skill_of(8)
+    name = Reliability(1.0).name
+    raw = skill.sums[name][2]  # as if a baseline's probabilities had been the network's own
+    before = replace(skill, uncalibrated={name: raw})
+
+    numbers = strict(json.dumps(as_json(report_of(before)), allow_nan=False))
+    curves = numbers["reliability"][0]["curves"]
+    page = as_html(report_of(before), case())
+
+    assert curves["forecast, not calibrated"] == curves[NAMES[2]] != curves["forecast"]
+    errors = [
+        100 * float(Reliability(1.0).value(sums.sum(dim=(0, 1))[None])[0])
+        for sums in (raw, skill.sums[name][0])
+    ]
+    assert f">= 1 mm/h from {errors[0]:.1f} to {errors[1]:.1f} %" in html.unescape(page)
+    assert "not calibrated" in page and "not calibrated" not in as_html(report_of(skill), case())
+
+
 def test_what_was_not_counted_is_null_in_json_and_a_dash_in_the_table() -> None:
     report = report_of(skill_of(2, scores=(Crps(), Csi(100.0), Reliability(1.0))))
 
@@ -275,7 +295,7 @@ def test_the_page_says_it_in_words_and_defines_its_scores(page: str, report: Rep
     assert headline(report) in text and second_sentence(report) in text
     for score in report.skill.scores:
         assert score.name in text
-    assert "the share where both say so" in text and "Csi(threshold=1.0, cut=0.5)" in text
+    assert "the share where both say so" in text and "Csi(threshold=1.0, cut=None)" in text
     assert "8 verified, 1 left out" in text and "80 % at 10 min" in text
     assert "snapshot AAA" in text and "10 x 12 cells of 1 km" in text
     assert FOREIGN in text and FOREIGN not in page, "text from a file must be escaped"

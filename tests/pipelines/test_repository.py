@@ -54,6 +54,51 @@ def test_a_new_repository_never_takes_the_place_of_something_else(tmp_path):
         Repository.open_or_create("ftp://host/cube")
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("s3://not-there/cube", "there is no bucket 'not-there'; make it, or name another"),
+        ("s3:///cube", "names no bucket; expected s3://BUCKET/PREFIX"),
+        ("s3:radar/cube", "names no bucket; expected s3://BUCKET/PREFIX"),
+        ("s3://radar/nothing", "nothing here yet"),
+    ],
+)
+def test_a_url_without_a_repository_is_told_in_our_words(s3, path, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opening = [Repository.open] if "nothing" in path else [Repository.open, Repository.open_or_create]
+    for opened in opening:
+        with pytest.raises(ValueError, match=f"^{path}: {said}") as raised:
+            opened(path)
+        assert len(str(raised.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("trace", "kind", "said"),
+    [
+        (
+            "  x error getting object dispatch failure\n  | \n  |-> dispatch failure\n  |-> io error\n"
+            "  `-> Connection refused (os error 111)\n",
+            OSError,
+            r"does not answer \(Connection refused \(os error 111\)\); .*AWS_ENDPOINT_URL",
+        ),
+        (
+            '  x service error\n  `-> Error { code: "AccessDenied", message: "Access Denied", id: "1" }\n',
+            ValueError,
+            r"does not let you in \(AccessDenied: Access Denied\); .*AWS_ACCESS_KEY_ID",
+        ),
+        ("  x something else\n  |\n  | context:\n", ValueError, r"nothing here yet .* \(something else\)"),
+    ],
+)
+def test_what_keeps_a_bucket_closed_is_told_without_the_trace(monkeypatch, trace, kind, said):
+    def fail(*_, **__):
+        raise icechunk.IcechunkError(trace)
+
+    monkeypatch.setattr(icechunk.Repository, "open", fail)
+    with pytest.raises(kind, match=f"^s3://radar/cube: .*{said}"):
+        Repository.open("s3://radar/cube")
+
+
 def test_a_new_repository_leaves_nothing_beside_it(tmp_path):
     Repository.open_or_create(str(tmp_path / "deep" / "cube"))
     assert [place.name for place in (tmp_path / "deep").iterdir()] == ["cube"]

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metnet.model import MetNet
+from pipelines.beside import Beside
+from pipelines.drop_out import DropOut
 from pipelines.grid import Grid
-from pipelines.samples import Mixed, Samples, Span, collate, split
+from pipelines.ingest import ingest
+from pipelines.motion import FRAMES, motion
+from pipelines.plain import rain_cube
+from pipelines.sample_store import stored
+from pipelines.samples import Mixed, Samples, Span, check_apart, collate, loader, split
+from pipelines.sources.simulated import Simulated
 
 START = datetime(2024, 6, 1, tzinfo=UTC)
 FIVE = timedelta(minutes=5)
@@ -21,15 +29,18 @@ class Field:
     rain: np.ndarray
     cadence: timedelta = FIVE
     read: list = field(default_factory=list)
+    path: str = "memory"
+    west: float = 4e6
+    start: datetime = START
 
     @property
     def grid(self):
         rows, columns = self.rain.shape[1:]
-        return Grid("EPSG:3035", 4e6, 1000.0, columns, 3e6, -1000.0, rows)
+        return Grid("EPSG:3035", self.west, 1000.0, columns, 3e6, -1000.0, rows)
 
     @property
     def times(self):
-        return [START + i * self.cadence for i in range(len(self.rain))]
+        return [self.start + i * self.cadence for i in range(len(self.rain))]
 
     @property
     def observed(self):
@@ -38,7 +49,7 @@ class Field:
     def block(self, first, count, window=None, step=1):
         self.read.append((count, window))
         y, x, rows, columns = window or (0, 0, *self.rain.shape[1:])
-        start = (first - START) // self.cadence
+        start = (first - self.start) // self.cadence
         return self.rain[start : start + count * step : step, y : y + rows, x : x + columns]
 
 
@@ -169,7 +180,8 @@ def test_a_place_where_nothing_was_observed_is_never_drawn():
 
 
 def test_every_cell_can_be_the_corner_of_a_sample():
-    samples = Samples(telling(rows=24, columns=24), np.arange(2, 34), SPAN, crop=16, count=2000)
+    cube, still = telling(rows=24, columns=24), Beside(motion=False)
+    samples = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=2000, beside=still)
     corners = {tuple(divmod(round(float(samples[i].radar[0, 0, 0, 0]) % 1 * 1e4), 24)) for i in range(2000)}
     assert {row for row, _ in corners} == set(range(9))
     assert {column for _, column in corners} == set(range(9))
@@ -209,17 +221,13 @@ def test_a_grid_of_a_single_line_can_be_turned_too(rows, columns):
         assert samples[index].radar.shape == (1, 3, min(rows, 16), min(columns, 16))
 
 
-def test_a_cube_too_big_to_hold_gives_the_same_samples_read_piece_by_piece(monkeypatch):
+def test_of_a_frame_no_more_is_read_than_the_sample_holds():
     cube = telling()
-    held = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=5)
-    monkeypatch.setattr("pipelines.samples.IN_MEMORY", 0)
-    loose = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=5)
+    samples = Samples(cube, np.arange(2, 34), SPAN, crop=16)
+    samples.index.draw(np.random.default_rng(0))
     cube.read.clear()
-    for i in range(5):
-        assert torch.equal(held[i].radar, loose[i].radar)
-        assert torch.equal(held[i].target, loose[i].target)
-    crops = [window for count, window in cube.read if count > 1]
-    assert crops and all(window[2:] == (16, 16) for window in crops)
+    samples[0]
+    assert [(count, window[2:]) for count, window in cube.read] == [(3, (16, 16)), (6, (16, 16))]
 
 
 def test_a_sample_does_not_share_memory_with_the_cube():
@@ -246,12 +254,18 @@ def test_a_cube_without_an_observed_pixel_is_refused():
         Samples(cube, np.arange(2, 20), SPAN, crop=16, count=3)[0]
 
 
-def test_of_several_cadences_only_the_lead_times_that_fit_count():
-    ten = timedelta(minutes=10)
+def test_of_several_cubes_only_the_lead_times_that_fit_one_count():
+    five = Field(np.zeros((30, 8, 8), np.float32))
+    ten = Field(np.zeros((30, 8, 8), np.float32), timedelta(minutes=10))
     assert Span.of_those(ten, 3, [5, 10, 15, 30]).leads == (1, 3)
-    assert Span.of_those(FIVE, 3, [5, 10, 15, 30]).leads == (1, 2, 3, 6)
+    assert Span.of_those(five, 3, [5, 10, 15, 30]).leads == (1, 2, 3, 6)
     with pytest.raises(ValueError, match="no multiple of the cube's cadence, 10 minutes"):
         Span.of_those(ten, 3, [5, 15])
+
+
+def test_a_short_event_has_no_long_lead_times():
+    ten_frames = Field(np.zeros((10, 8, 8), np.float32))
+    assert Span.of_those(ten_frames, 3, [5, 10, 25, 30, 60]).leads == (1, 2, 5)  # 0.6 x 45 min
 
 
 def test_a_batch_is_of_one_cube_and_every_cube_has_its_turn():
@@ -273,3 +287,176 @@ def test_a_batch_is_of_one_cube_and_every_cube_has_its_turn():
     assert torch.equal(again[101].radar, mixed[101].radar)
     with pytest.raises(ValueError, match="0 cubes"):
         Mixed([], 4)
+
+
+def showers(times=30, rows=48, columns=48, speed=1.5):
+    """A few blobs that drift east, on a field that is observed everywhere."""
+    y, x = np.mgrid[:rows, :columns].astype(np.float32)
+    fields = []
+    for step in range(times):
+        centres = ((12, 8), (30, 20), (20, 34))
+        fields.append(
+            sum(8 * np.exp(-((y - v) ** 2 + (x - u - speed * (step - 10)) ** 2) / 30) for v, u in centres)
+        )
+    return Field(np.stack(fields).astype(np.float32))
+
+
+def test_everything_that_is_a_map_is_turned_alike_and_the_motion_is_that_of_the_turned_rain():
+    cube = showers()
+    beside = Beside(place=True, surroundings=3, reach=1.0)
+    plain = Samples(cube, np.array([9]), SPAN, crop=48, beside=beside)[0]
+    turned = Samples(cube, np.array([9]), SPAN, crop=48, count=40, augment=True, beside=beside)
+    east = set()
+    for batch in turned:
+        order, where = (
+            (1e3 * b.place[0, 0].double() + b.place[0, 1]).flatten().argsort() for b in (plain, batch)
+        )
+        for name in ("radar", "target", "place"):
+            before, after = (getattr(b, name)[0].flatten(1) for b in (plain, batch))
+            assert torch.equal(before[:, order], after[:, where]), name
+        coarse = batch.radar[0].unfold(1, 3, 3).unfold(2, 3, 3).mean(dim=(3, 4))
+        assert torch.allclose(batch.surroundings[0], coarse, atol=1e-4)
+        newest = batch.radar[0, -FRAMES:].numpy()
+        assert np.array_equal(batch.motion[0], motion(newest, batch.age[0, -FRAMES:].tolist()))
+        # east on the map is where the longitude rises: the rain still drifts there
+        lon = batch.place[0, 0]
+        rising = torch.stack([lon.diff(dim=1).mean(), lon.diff(dim=0).mean()])
+        drift = batch.motion[0].mean(dim=(1, 2))
+        assert torch.nn.functional.cosine_similarity(rising, drift, dim=0) > 0.9
+        east.add(
+            tuple(drift.sign().int().tolist()) if drift.abs().min() > 0.02 else int(drift.abs().argmax())
+        )
+    assert len(east) >= 2
+
+
+def test_what_is_dropped_is_not_in_the_motion_either_and_the_target_stays():
+    cube = showers()
+    whole = Samples(cube, np.arange(5, 12), SPAN, crop=32, count=30, seed=2)
+    holed = Samples(
+        cube, np.arange(5, 12), SPAN, crop=32, count=30, seed=2, drop_out=DropOut(0.3, 0.3, 0.3, 0.3)
+    )
+    less = 0
+    for one, other in zip(whole, holed, strict=True):
+        assert torch.equal(one.target, other.target) and torch.equal(one.init_time, other.init_time)
+        less += bool(other.radar.isnan().any())
+        told = motion(other.radar[0, -FRAMES:].numpy(), other.age[0, -FRAMES:].tolist())
+        assert np.array_equal(other.motion[0], told)
+    assert 15 < less <= 30
+    again = Samples(cube, np.arange(5, 12), SPAN, crop=32, seed=2, drop_out=DropOut(0.3, 0.3, 0.3, 0.3))
+    assert all(torch.equal(again[i].radar.nan_to_num(-1), holed[i].radar.nan_to_num(-1)) for i in range(30))
+
+
+def test_a_network_forecasts_from_whatever_is_left():
+    torch.manual_seed(0)
+    network = MetNet(frames=3, channels=8, fine_channels=4, depth=1, lead_features=8, grid=(4, 4)).eval()
+    worst = DropOut(0.7, 0.7, 0.7, 0.7)
+    samples = Samples(showers(), np.arange(5, 12), SPAN, crop=16, count=40, augment=True, drop_out=worst)
+    for batch in samples:
+        with torch.no_grad():
+            assert network(batch).mean().isfinite().all()
+
+
+def test_a_network_without_advection_has_no_motion_worked_out_for_it():
+    assert Samples(showers(), np.array([9]), SPAN, crop=32, beside=Beside(motion=False))[0].motion is None
+
+
+def test_a_sample_is_told_by_cube_time_and_place():
+    cube = telling()
+    samples = Samples(cube, np.arange(2, 34), SPAN, crop=16, count=20)
+    mixed = Mixed([samples], batch_size=4)
+    for index in (0, 7):
+        first = round(float(samples[index].radar[0, 0, 0, 0] % 1) * 1e4)
+        row, column = divmod(first, 30)
+        told = samples.told(index)
+        assert f"rows {row}-{row + 15}, columns {column}-{column + 15}" in told
+        time = datetime.fromtimestamp(int(samples[index].init_time[0]), UTC)
+        assert told.startswith(f"cube memory, init time {time:%Y-%m-%dT%H:%MZ}")
+        assert mixed.told(index) == told
+
+
+def test_samples_of_other_lead_times_are_not_put_into_one_batch():
+    cube = telling()
+    samples = [Samples(cube, np.arange(2, 30), Span(3, leads), crop=16)[0] for leads in ((1, 2), (1, 3))]
+    with pytest.raises(ValueError, match=r"other lead times in one batch: \(5.0, 10.0\) and \(5.0, 15.0\)"):
+        collate(samples)
+
+
+def test_a_source_that_none_of_the_cubes_has_is_refused():
+    samples = Samples(telling(), np.arange(2, 30), SPAN, crop=16, beside=Beside(("ir_108",), 2))
+    with pytest.raises(ValueError, match="ir_108: no such satellite group"):
+        Mixed([samples], 4)
+
+
+def samples_of(cube, inits):
+    return Samples(cube, np.array(inits), SPAN, crop=16)
+
+
+def test_the_two_parts_of_a_split_are_apart():
+    cube = telling(times=80)
+    parts = split(cube.observed, SPAN, 0.3)
+    check_apart([samples_of(cube, parts.training)], [samples_of(cube, parts.validation)])
+
+
+def test_a_frame_that_is_trained_and_validated_on_is_refused_with_its_time():
+    cube = telling(times=80)
+    # the last target of init time 20 is frame 26, the first frame of init time 28 is frame 26
+    with pytest.raises(ValueError, match=r"memory: what is learned from .* first at 2024-06-01T02:10:00Z"):
+        check_apart([samples_of(cube, [10, 20])], [samples_of(cube, [40, 28])])
+    check_apart([samples_of(cube, [10, 20])], [samples_of(cube, [40, 29])])
+
+
+@pytest.mark.parametrize(
+    ("west", "hours", "minutes", "leaks"),
+    [
+        (4e6, 0, 5, True),  # the same place and time
+        (4.02e6, 0, 5, True),  # a strip in common
+        (4.04e6, 0, 5, False),  # beside it
+        (4e6, 5, 5, False),  # later
+        (4e6, 0, 10, True),  # of another cadence
+    ],
+)
+def test_two_cubes_of_one_place_and_time_are_one_event(west, hours, minutes, leaks):
+    learned = telling(times=40)
+    kept = replace(
+        telling(times=40), path="other", west=west, cadence=timedelta(minutes=minutes),
+        start=START + timedelta(hours=hours, minutes=3),
+    )  # fmt: skip
+    pair = [samples_of(learned, range(2, 33))], [samples_of(kept, range(2, 33))]
+    if leaks:
+        with pytest.raises(ValueError, match=r"memory and other: .*hold the same rain"):
+            check_apart(*pair)
+    else:
+        check_apart(*pair)
+
+
+class Numbers:
+    """Numbers that are worked out as they are asked for, more of them than fit into memory."""
+
+    def __len__(self):
+        return 2**61
+
+    def __getitem__(self, place):
+        return 3 * place
+
+
+def test_a_loader_takes_numbers_from_an_endless_list():
+    samples = Samples(telling(), np.arange(2, 34), SPAN, crop=16)
+    batches = iter(loader(Mixed([samples], 2), 2, Numbers()))
+    for first in (0, 2):
+        expected = collate([samples[3 * (first + n)] for n in (0, 1)])
+        assert torch.equal(next(batches).radar, expected.radar)
+
+
+@pytest.mark.slow
+def test_spawned_workers_load_what_this_process_would_load(tmp_path):
+    """Two workers on a real cube and its store; each opens them anew."""
+    ingest(Simulated(size=64, frames=12), str(tmp_path / "cube"))
+    store = stored(rain_cube(str(tmp_path / "cube")), 32)
+    inits = np.arange(4, 9)
+    samples = Samples(store, inits, Span(3, (1, 2)), 32, 6, augment=True, drop_out=DropOut(0.2, 0.2))
+    here = list(loader(samples, 2))
+    there = list(loader(samples, 2, workers=2))
+    assert len(here) == len(there) == 3
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.radar.nan_to_num(-1), other.radar.nan_to_num(-1))
+        assert torch.equal(one.motion, other.motion) and torch.equal(one.lead_time, other.lead_time)

@@ -1,6 +1,7 @@
 """The same work anywhere gives the same answers in the same order."""
 
 import os
+import socket
 
 import pytest
 from distributed import LocalCluster
@@ -41,6 +42,17 @@ def test_a_scheduler_without_workers_is_an_error_and_not_a_wait_for_ever(monkeyp
         pytest.raises(OSError, match="has no workers"),
     ):
         list(workforce.map(square, range(3)))
+
+
+def test_a_scheduler_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr("pipelines.spread.PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        scheduler = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        said = (
+            rf"scheduler={scheduler}: .* and nobody answered within 1 s; start one there .* or give workers=N"
+        )
+        with pytest.raises(OSError, match=said), spread(scheduler=scheduler):
+            pass
 
 
 @pytest.mark.parametrize(

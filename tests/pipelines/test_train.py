@@ -1,8 +1,7 @@
 import hashlib
 import json
 import logging
-import math
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -11,67 +10,27 @@ import torch
 from filelock import FileLock
 from lightning import Trainer
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import pipelines.train
 from metnet.attention.axial import AxialAttention
 from metnet.batch import Batch
 from metnet.model import MetNet
-from pipelines.cf import RAINFALL_RATE
+from metnet.rain import BinnedForecast
 from pipelines.construct import construct
 from pipelines.cube import Cube
-from pipelines.frame import Frame
-from pipelines.grid import Grid
-from pipelines.samples import Samples
+from pipelines.drop_out import DropOut
 from pipelines.task import Learning, Task
 from pipelines.train import train
 from pipelines.trained import trained
+from tests.pipelines.training import ATTENTION, FIVE, MODEL, START, drifting, made_cube, trained_on
 
-START = datetime(2024, 6, 1, tzinfo=UTC)
-FIVE = timedelta(minutes=5)
-ATTENTION = {
-    "_target_": "metnet.attention.axial.AxialAttention",
-    "_partial_": True,
-    "heads": 2,
-    "dim_index": 1,
-}
-MODEL = {
-    "_target_": "metnet.model.MetNet",
-    "_partial_": True,
-    "frames": 2,
-    "channels": 8,
-    "fine_channels": 4,
-    "depth": 1,
-    "attention": ATTENTION,
-    "grid": [4, 4],
-}
-
-
-def drifting(count):
-    """A shower of 3 mm/h that drifts east by two cells a frame, over a dry field with one blind corner."""
-    for i in range(count):
-        rain = np.zeros((24, 32), np.float32)
-        rain[8:16, (2 * i) % 28 : (2 * i) % 28 + 4] = 3.0
-        rain[:3, :3] = np.nan
-        yield rain
+CALIBRATED = pipelines.train._calibrated
 
 
 @pytest.fixture(scope="module")
 def cube(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("cube") / "cube")
-    grid = Grid("EPSG:3035", 4e6, 1000.0, 32, 3e6, -1000.0, 24)
-    frames = [
-        Frame(
-            RAINFALL_RATE,
-            START + i * FIVE,
-            FIVE,
-            grid,
-            rain,
-            "drifting",
-            hashlib.sha256(bytes([i])).hexdigest(),
-        )
-        for i, rain in enumerate(drifting(40))
-    ]
-    Cube.open_or_create(path, grid, RAINFALL_RATE, START, FIVE).write(frames)
-    return path
+    return made_cube(tmp_path_factory.mktemp("cube") / "cube", drifting(40))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,30 +42,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def trained_on(cube, run, steps, **changed):
-    """`metnet train` with numbers small enough for a test."""
-    settings = {"lead_times": [5, 10, 15], "crop": 16, "batch_size": 2, "check_every": 3}
-    settings |= {
-        "prior_steps": 0,
-        "validation_samples": 3,
-        "leads_per_step": 2,
-        "learning_rate": 0.01,
-    } | changed
-    trainer = {"max_steps": steps}
-    return train(
-        cube=cube if isinstance(cube, list) else str(cube),
-        run=str(run),
-        model=construct(MODEL, ("metnet.",)),
-        trainer=partial(Trainer, accelerator="cpu", **trainer),
-        config={
-            "cube": cube if isinstance(cube, list) else str(cube),
-            "run": str(run),
-            "model": MODEL,
-            "trainer": trainer,
-            **settings,
-        },
-        **settings,
-    )
+@pytest.fixture(autouse=True, scope="module")
+def _uncalibrated():
+    """Calibration takes longer than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.train._calibrated", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +124,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(cube, run, tmp_path, monkeypat
 
     step = Task.training_step
 
-    def mortal(self, batch):
+    def mortal(self, batch, batch_idx):
         if self.global_step == stop_at:
             raise Killed
-        return step(self, batch)
+        return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Task, "training_step", mortal)
     if stop_at < 6:
@@ -246,6 +187,7 @@ def test_ctrl_c_is_ctrl_c_and_not_an_exit_without_a_word(cube, tmp_path, monkeyp
 
 def test_time_ends_a_training_too_and_its_weights_are_kept(cube, tmp_path):
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 1000}
+    settings |= {"prior_steps": 0, "validation_samples": 3, "pictures": False}
     result = train(
         str(cube), str(tmp_path), construct(MODEL, ("metnet.",)),
         partial(Trainer, max_steps=-1, max_time="00:00:00:01", accelerator="cpu"),
@@ -270,19 +212,32 @@ def test_a_short_cube_is_trained_on_without_validation_and_that_is_said(cube, tm
     assert trained(tmp_path).card["validation"] is None
 
 
-def test_nothing_outside_the_wanted_times_is_read(cube, tmp_path, monkeypatch):
-    seen = set()
+def test_nothing_outside_the_wanted_times_is_learned_from_or_validated_on(cube, tmp_path, monkeypatch):
+    seen = []
 
-    def watched(self, times, window):
-        seen.update(times.tolist())
-        return read(self, times, window)
+    def watched(name):
+        whole = getattr(Task, name)
 
-    read = Samples._read
-    monkeypatch.setattr(Samples, "_read", watched)
+        def step(self, batch, *place):
+            init = batch.init_time.double()[:, None] / 60
+            seen.append(torch.cat([init - batch.age, init + batch.lead_time], dim=1))
+            return whole(self, batch, *place)
+
+        monkeypatch.setattr(Task, name, step)
+
+    watched("training_step")
+    watched("validation_step")
     trained_on(
-        cube, tmp_path, steps=30, validation_samples=20, start="2024-06-01T00:25Z", end="2024-06-01T02:00Z"
+        cube,
+        tmp_path,
+        steps=20,
+        check_every=20,
+        validation_samples=20,
+        start="2024-06-01T00:25Z",
+        end="2024-06-01T02:00Z",
     )
-    assert (min(seen), max(seen)) == (5, 24)
+    steps = (torch.cat(seen) - START.timestamp() / 60) / 5
+    assert (steps.min(), steps.max()) == (5, 24)
 
 
 def test_lead_times_off_the_cadence_are_refused(cube, tmp_path):
@@ -296,7 +251,9 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(cube, t
 
     logits = MetNet.logits
     monkeypatch.setattr(MetNet, "logits", broken)
-    with pytest.raises(ValueError, match=r"the loss is nan at step 0 \(init times 2024-06-01T"):
+    with pytest.raises(
+        ValueError, match=rf"step 0: the loss is nan \(cube {cube}, init time 2024-06-01T\d\d:\d\dZ, rows \d"
+    ):
         trained_on(cube, tmp_path, steps=2)
     assert not (tmp_path / "model.json").exists()
 
@@ -373,7 +330,7 @@ def test_two_trainings_do_not_share_a_run_folder(cube, tmp_path):
 
 
 def test_a_network_that_diverged_is_never_written(cube, tmp_path, monkeypatch):
-    monkeypatch.setattr(Task, "on_validation_epoch_end", lambda self: self.scores.update(val_crps=math.inf))
+    monkeypatch.setattr(BinnedForecast, "crps", lambda self, observed: observed * torch.nan)
     with pytest.raises(ValueError, match="it has diverged"):
         trained_on(cube, tmp_path, steps=1)
     assert not (tmp_path / "model.json").exists()
@@ -399,7 +356,8 @@ def test_the_prior_is_fitted_first_and_kept_for_a_training_that_goes_on(cube, tm
 
 
 def test_several_cubes_are_learned_from_and_others_validated_on(cube, tmp_path):
-    result = trained_on([cube, cube], tmp_path, steps=2, validation_cubes=[cube, cube])
+    later = [made_cube(tmp_path / f"later{day}", drifting(12), START + timedelta(days=day)) for day in (1, 2)]
+    result = trained_on([cube, cube], tmp_path, steps=2, validation_cubes=later)
     card = json.loads((tmp_path / "model.json").read_text())
     assert [each["path"] for each in card["cubes"]] == [cube, cube]
     assert len(card["validation_cubes"]) == 2 and result.validation["val_crps"] > 0
@@ -419,3 +377,54 @@ def test_the_kept_weights_follow_the_newest_slowly(cube, tmp_path, monkeypatch):
     assert all(weight.requires_grad is False for weight in average.values())
     assert sum(slow < fast for fast, slow in moved.values()) > len(moved) / 2
     assert torch.equal(weights_of(tmp_path)["head.classify.weight"], average["head.classify.weight"])
+
+
+def test_the_card_holds_a_calibration_and_every_score_by_lead_time(cube, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.train._calibrated", CALIBRATED)
+    trained_on(cube, tmp_path, steps=3, importance=[[1, 2.0], [5, 3.0]])
+    card = json.loads((tmp_path / "model.json").read_text())
+    assert card["importance"] == [1.0] * 6 + [2.0] * 5 + [3.0] * 9
+    assert card["calibration"]["cost"]["before"] > 0
+    assert card["loss"] == "cross_entropy"
+    scores = card["scores"]
+    assert scores["lead_times"] == [5.0, 10.0, 15.0]
+    assert set(scores["forecasters"]) == {"forecast", "before training", "persistence", "extrapolation"}
+    for row in scores["forecasters"].values():
+        assert set(row) == {"crps", "brier_0.1", "brier_1", "csi_1", "reliability_1"}
+        assert all(len(values) == 3 for values in row.values())
+    assert trained(tmp_path).calibration is not None
+
+
+def test_what_a_training_says_of_itself_is_in_csv_tensorboard_pictures_and_one_file_of_scores(cube, tmp_path):
+    trained_on(cube, tmp_path, steps=12, check_every=6, pictures=True, trainer={"log_every_n_steps": 1})
+    [table] = (tmp_path / "logs").rglob("metrics.csv")
+    columns = table.read_text().splitlines()[0].split(",")
+    assert {"train_loss", "samples_per_second", "seconds_left", "val_crps", "crps/forecast"} <= set(columns)
+    assert {"csi_1/persistence", "brier_1/extrapolation", "reliability_1/before training"} <= set(columns)
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["step-00000000.png", "step-00000006.png", "step-00000012.png"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(events.Images("validation sample")) == 3
+    assert len(events.Scalars("train_loss")) == 12
+    lines = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["forecaster"] == "forecast"] == [0, 6, 12]
+
+
+def test_drop_out_is_for_training_samples_only(cube, tmp_path, monkeypatch):
+    seen = {"training_step": [], "validation_step": []}
+    for name, shares in seen.items():
+        whole = getattr(Task, name)
+
+        def step(self, batch, *place, whole=whole, shares=shares):
+            shares.append(batch.radar.isnan().all(dim=(2, 3)).double().mean().item())
+            return whole(self, batch, *place)
+
+        monkeypatch.setattr(Task, name, step)
+    trained_on(cube, tmp_path, steps=6, drop_out=DropOut(frames=0.5))
+    assert sum(seen["training_step"]) > 0
+    assert sum(seen["validation_step"]) == 0
+
+
+def test_the_same_event_twice_is_not_validated_on(cube, tmp_path):
+    with pytest.raises(ValueError, match="hold the same rain"):
+        trained_on(cube, tmp_path, steps=1, validation_cubes=[cube])

@@ -13,15 +13,18 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from metnet.batch import Batch
+from metnet.calibration import undone
 from metnet.rain import EnsembleForecast, RainForecast
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
 from metnet.scores.csi import Csi
 from metnet.scores.fss import Fss
+from metnet.scores.reliability import Reliability
 from pipelines import cf
 from pipelines.cube import Cube
 from pipelines.frame import Frame
 from pipelines.grid import Grid
+from pipelines.run_facts import RunFacts
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
 from pipelines.verify import Verified, verify
 
@@ -121,12 +124,18 @@ def forecast_into(
     members: Callable[[int], Fields],
     grid: Grid = GRID,
     leads: tuple[float, ...] = LEADS,
+    facts: dict[str, str] | None = None,
 ) -> ForecastStore:
     store = ForecastStore.open_or_create(str(path))
     for index in indices:
         said = EnsembleForecast(torch.from_numpy(members(index))[None, :, : len(leads)].float())
         header = RunHeader(
-            START + index * CADENCE, grid, leads, THRESHOLDS, LEVELS, {"model": "of the tests"}
+            START + index * CADENCE,
+            grid,
+            leads,
+            THRESHOLDS,
+            LEVELS,
+            {"model": "of the tests", **(facts or {})},
         )
         block = RunBlock(
             slice(None),
@@ -162,6 +171,79 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def verified(cube: Cube, store: ForecastStore, folder: Path, **keys: object) -> Verified:
     arguments = {"scores": SCORES, "baselines": BASELINES, "resamples": 50, **keys}
     return verify(cube.path, store.path, str(folder), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_run_that_says_its_cuts_is_scored_by_them(cube: Cube, tmp_path: Path) -> None:
+    runs, cuts = range(3, 9), (0.1, 0.3, 0.9)
+    plain = forecast_into(tmp_path / "plain", runs, says)
+    facts = RunFacts(cuts={1.0: cuts}).attributes()
+    decided = forecast_into(tmp_path / "decided", runs, says, facts=facts)
+
+    def scores(store: ForecastStore, *scores: Csi) -> Tensor:
+        skill = verified(cube, store, tmp_path / "report", scores=scores).report.skill
+        return torch.stack([skill.values(score)[0] for score in skill.scores])
+
+    own, other = scores(decided, Csi(1.0), Csi(5.0))
+    torch.testing.assert_close(other, scores(plain, Csi(5.0))[0])
+    expected = [scores(plain, Csi(1.0, cut))[0, lead] for lead, cut in enumerate(cuts)]
+    torch.testing.assert_close(own, torch.stack(expected))
+    assert (own != scores(plain, Csi(1.0))[0]).any()
+
+
+def test_the_reliability_before_a_run_was_calibrated_is_told_beside_it(cube: Cube, tmp_path: Path) -> None:
+    """The store of the plain run stands for what the network said; half of the runs are calibrated."""
+    score = Reliability(1.0)
+    shift, slope = 0.7, 1.5
+    facts = RunFacts(calibration={1.0: ((shift, slope),) * 3}).attributes()
+    said = forecast_into(tmp_path / "said", range(3, 6), says, facts=facts)
+    forecast_into(tmp_path / "said", range(6, 9), says)
+
+    report = verified(cube, said, tmp_path / "report", scores=(score,)).report
+
+    before, after = report.skill.uncalibrated[score.name], report.skill.sums[score.name][0]
+    assert (before[3:] == 0).all() and (
+        before[:3, :, : score.bins].sum(dim=2) == report.skill.pixels[:3]
+    ).all()
+    probability = (after[:3, :, : 2 * score.bins].sum(), before[:3, :, : 2 * score.bins].sum())
+    assert probability[0] != probability[1]
+    table = forecast_into(tmp_path / "said", range(0), says).dataset("20200601T001500Z")
+    raw = undone(
+        torch.from_numpy(table["probability_of_exceedance"].values[:, 1]),
+        torch.tensor(shift),
+        torch.tensor(slope),
+    )
+    observed = torch.from_numpy(np.stack([storm(4 + lead) for lead in range(3)]))
+    observed[:, :3, :4] = torch.nan
+    told = RainAbove(raw[None])
+    torch.testing.assert_close(before[0], score.sums(told, observed[None]))
+
+
+@dataclass(frozen=True)
+class RainAbove:
+    """A forecast of a single threshold."""
+
+    above: Tensor
+
+    def probability_above(self, threshold: float) -> Float[Tensor, "batch lead y x"]:
+        return self.above
+
+    quantile = crps = probability_above
+
+    def mean(self) -> Float[Tensor, "batch lead y x"]:
+        return self.above
+
+
+def test_a_run_of_a_late_source_is_compared_with_baselines_of_the_same_frames(
+    cube: Cube, tmp_path: Path
+) -> None:
+    late = forecast_into(tmp_path / "late", range(6, 7), says, facts={"input_age_minutes": "15"})
+
+    skill = verified(cube, late, tmp_path / "report", scores=(Brier(1.0),)).report.skill
+
+    seen = np.ones(GRID.shape, bool)
+    seen[:3, :4] = False
+    wrong = [((storm(7 + lead) >= 1) != (storm(3) >= 1))[seen].mean() for lead in range(3)]
+    assert skill.values(Brier(1.0))[skill.forecasters.index("persistence")].tolist() == pytest.approx(wrong)
 
 
 def test_a_forecast_that_knew_it_all_is_perfect_and_its_baselines_are_not(cube: Cube, tmp_path: Path) -> None:
@@ -249,7 +331,7 @@ def test_a_run_counts_at_the_lead_times_that_were_observed(tmp_path: Path) -> No
     assert counted[START + 18 * CADENCE] == [True, False, False]  # the cube ends
     reasons = result.skipped
     assert set(reasons) == {"20200601T003000Z", "20200601T010000Z", "20200601T013500Z"}
-    assert "no frame at its init time" in reasons["20200601T003000Z"]
+    assert "lacks the newest frame that it was made from" in reasons["20200601T003000Z"]
     assert "all have a forecast" in reasons["20200601T010000Z"]  # persistence of nothing
     assert "no observation" in reasons["20200601T013500Z"]
 

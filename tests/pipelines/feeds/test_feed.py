@@ -763,13 +763,46 @@ def test_following_listens_to_a_retry_after_beyond_its_own_pauses(bucket, store,
 
 def test_following_asks_at_other_moments_each_time_and_ends_when_it_should(tmp_path):
     clock, told = FakeClock(), []
-    feed = open_feed(Named(str(tmp_path)), tmp_path / "cache", clock=clock)
+    feed = open_feed(Named(str(tmp_path)), tmp_path / "cache", lookback=timedelta(0), clock=clock)
     assert list(feed.follow(60, until=clock.now() + timedelta(hours=1), tell=told.append)) == []
     assert 48 <= len(clock.slept) <= 80
     assert len({round(wait, 6) for wait in clock.slept}) > 40
     assert told == [f"{tmp_path}/: waiting for the next file"]
     clock.stopped = True
     assert list(feed.follow(60)) == []
+
+
+@pytest.mark.parametrize(("arrives", "hours"), [(timedelta(minutes=70), 70 / 60), (None, 3)])
+def test_following_to_an_end_waits_for_the_file_of_the_end_and_no_longer_than_the_lookback(
+    arrives, hours, tmp_path
+):
+    clock = FakeClock()
+    began, end = clock.now(), clock.now() + timedelta(hours=1)
+    (tmp_path / name(began, "")).write_bytes(b"x")
+    feed = open_feed(Named(str(tmp_path)), tmp_path / "cache", lookback=timedelta(hours=2), clock=clock)
+    sleep, found = clock.sleep, []
+
+    def passing(seconds):
+        sleep(seconds)
+        if arrives is not None and clock.now() >= began + arrives:
+            (tmp_path / name(end, "")).write_bytes(b"x")
+
+    clock.sleep = passing
+    for files in feed.follow(60, until=end):
+        found += [file.valid_time for file in files]
+    assert found == ([began] if arrives is None else [began, end])
+    assert hours <= (clock.now() - began) / timedelta(hours=1) < hours + 0.1
+
+
+def test_following_to_an_end_long_past_takes_all_that_is_there_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.feeds.feed.MOST", 2)
+    times = [DAY + timedelta(minutes=5 * step) for step in range(5)]
+    for time in times:
+        (tmp_path / name(time, "")).write_bytes(b"x")
+    feed = open_feed(Named(str(tmp_path)), tmp_path / "cache", clock=FakeClock())
+    parts = list(feed.follow(60, until=times[-1]))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert [file.valid_time for part in parts for file in part] == times
 
 
 def test_a_bucket_that_is_not_there_ends_the_following_with_credentials_too(

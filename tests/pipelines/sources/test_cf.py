@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -231,6 +232,21 @@ def test_numbers_that_are_called_missing_are_not_observed(tmp_path):
     found = frames(path, missing=[99, 98])[0].values
     expected = np.where(np.isin(values[0], (98, 99)), np.nan, values[0])
     assert np.array_equal(found, expected, equal_nan=True)
+
+
+def test_another_attribute_than_the_registered_one_is_refused_and_not_a_field_of_nothing(tmp_path):
+    registered = {"units": "mm h-1", "valid_min": 0.0}
+    path = netcdf("NETCDF4")(dataset(valid_min=0.0), tmp_path)
+    assert len(frames(path, attributes=registered)) == SIZE
+    path = netcdf("NETCDF4")(dataset(valid_min=7.0), tmp_path)
+    assert np.isnan(frames(path)[0].values).mean() > 0.8, "nothing but the registration shows it"
+    for attributes, said in (
+        (registered, "its valid_min is 7.0, expected 0.0"),
+        ({"valid_min": "7"}, "its valid_min is 7.0, expected 7"),
+        ({"valid_max": 90.0}, "its valid_max is None, expected 90.0"),
+        ({"units": 1.0}, "its units is mm h-1, expected 1.0"),
+    ):
+        assert said in refusal(path, attributes=attributes)
 
 
 def test_signed_numbers_that_mean_unsigned_ones_are_turned(tmp_path):
@@ -596,12 +612,34 @@ def test_real_sets_lie_where_their_numbers_say_to_a_metre(name, data):
     folder, projection, corners = CORNERS[name]
     config = source(name, data / folder)
     grid = config.read(next(iter(config.files(None, None)))).grid
-    assert (grid.x[0], grid.y[0]) == pytest.approx(corners[0], abs=1 if projection else 1e-5)
+    assert (grid.x[0], grid.y[0]) == pytest.approx(corners[0], abs=0.01 if projection else 1e-5)
     for row, column, corner in ((0, 0, corners[0]), (grid.y_size - 1, grid.x_size - 1, corners[1])):
         place = Proj(projection)(*corner, inverse=True) if projection else corner
         lon, lat = grid.window(row, column, 1, 1).lonlat()
         _, _, metres = Geod(ellps="WGS84").inv(lon[0, 0], lat[0, 0], *place)
-        assert metres < (1 if corner == corners[1] else 4)  # the first of seviri's lies at the limb
+        assert metres < 1
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "names, select", [(r"sat_data\.zarr", {}), (r"sat_data_15\.zarr", {"channels": "IR_016"})]
+)
+def test_seviri_lies_on_the_satellites_own_lattice_to_the_rounding_of_its_numbers(names, select, data):
+    config = source("seviri", data / "seviri", names=names, **({"select": select} if select else {}))
+    file = next(iter(config.files(None, None)))
+    grid = config.read(file).grid
+    assert (grid.x_step, grid.y_step) == pytest.approx((3000.403165817, -3000.403165817), abs=1e-8)
+    assert (grid.x[-1], grid.y[-1]) == pytest.approx((9 * 3000.403165817, 1399 * 3000.403165817), abs=1e-6)
+    with xr.open_zarr(file.url) as store:
+        y, x = (store["data"][name].values for name in store["data"].dims[1:3])
+    assert np.abs(np.sort(x) - grid.x).max() <= np.spacing(np.abs(x).max()) / 2  # as 32 bits round them
+    assert np.abs(np.sort(y)[::-1] - grid.y).max() <= np.spacing(np.abs(y).max()) / 2 * 1.01
+    with pytest.raises(
+        ValueError, match=r"its x are no neighbouring multiples of 3000\.4, .*source\.sampling"
+    ):
+        replace(config, sampling=3000.4).read(file)
+    with pytest.raises(ValueError, match=r"source\.sampling=0: expected more than 0"):
+        replace(config, sampling=0)
 
 
 @pytest.mark.data

@@ -359,7 +359,7 @@ def test_a_tile_that_is_damaged_or_said_to_be_shorter_is_refused(tmp_path):
         (said, struct.pack("<I", 0)),
     ):
         path.write_bytes(whole[:place] + damage + whole[place + len(damage) :])
-        with pytest.raises(ValueError, match=r"(damaged tile|a tile of \d+ cells, or cut|absent)"):
+        with pytest.raises(ValueError, match=r"(damaged tile|absent)"):
             read_geotiff(path)
 
 

@@ -79,6 +79,52 @@ def test_every_real_frame_reads_as_numpy_reads_it(name, scale, missing, count, d
 
 
 @pytest.mark.data
+def test_the_real_quality_reads_as_numpy_reads_it_beside_the_rain(data):
+    meteonet = source("meteonet_quality", data / "meteonet")
+    files = list(meteonet.files(None, None))
+    with np.load(files[0].url, allow_pickle=True) as trusted:
+        numbers, days = trusted["data"], trusted["dates"]
+    assert [file.valid_time for file in files] == [
+        datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(days=1) for day in days
+    ]
+    for file, expected in zip(files, numbers, strict=True):
+        frame = meteonet.read(file)
+        assert (frame.variable.units, frame.cadence, frame.group) == ("%", timedelta(days=1), "quality")
+        assert np.array_equal(frame.values, np.where(expected == 255, np.nan, expected), equal_nan=True)
+    rain = source("meteonet", data / "meteonet")
+    assert rain.grid == meteonet.grid
+    frame = rain.read(next(rain.files(None, None)))
+    both = np.isnan(frame.values) == (numbers[0] == 255)
+    assert both.mean() > 0.998  # nobody looks there, say both
+
+
+def test_the_days_of_quality_end_at_midnight(tmp_path):
+    days = [date.date() for date in (START, START + timedelta(days=1), START + timedelta(days=2))]
+    path = write(tmp_path / "rainfall_mean_quality-code_NW_2016_08.3.npz", rain() % 101, days)
+    for protocol in (2, 3, 4, 5):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|O", "fortran_order": False, "shape": (3,)})
+        rewrite(
+            path, "dates.npy", header.getvalue() + pickle.dumps(np.array(days, object), protocol=protocol)
+        )
+        meteonet = Meteonet(GRID, path=str(tmp_path), product="rainfall_mean_quality-code")
+        files = list(meteonet.files(None, None))
+        assert [file.valid_time for file in files] == [
+            datetime(2016, 8, 22 + day, tzinfo=UTC) for day in range(3)
+        ]
+    assert np.array_equal(meteonet.read(files[2]).values, rain()[2] % 101)
+
+
+def test_a_quality_above_a_hundred_percent_is_refused(tmp_path):
+    path = write(tmp_path / "rainfall_mean_quality-code_NW_2016_08.3.npz", rain(frames=1) * 0 + 101, [START])
+    meteonet = Meteonet(GRID, path=str(tmp_path), product="rainfall_mean_quality-code")
+    with pytest.raises(
+        ValueError, match=rf"^{path.name}: 48 of 48 values of radar_quality lie outside 0..100 %"
+    ):
+        meteonet.read(next(meteonet.files(None, None)))
+
+
+@pytest.mark.data
 def test_the_grid_is_the_real_coordinates(data):
     grid = source("meteonet", data).grid
     with np.load(data / "meteonet/radar/radar_coords_NW.npz") as coordinates:
@@ -181,6 +227,11 @@ HOSTILE = {
         pickled(b"cdatetime\ndatetime\n(C\x0a\x07\xe0\x0d\x15\x00\x0a\x00\x00\x00\x00tR."),
         "month",
     ),
+    "a day of ten bytes": (
+        pickled(b"cdatetime\ndate\n(C\x0a\x07\xe0\x08\x15\x00\x0a\x00\x00\x00\x00tR."),
+        "a day that is not",
+    ),
+    "a day in month 13": (pickled(b"cdatetime\ndate\n(C\x04\x07\xe0\x0d\x15tR."), "month"),
     "half a pickle": (pickled(b"cdatetime\ndatetime\n(C\x0a"), "cannot be read"),
     "no pickle": (pickled(b"hello"), "cannot be read"),
     "no array": (b"hello, world", "magic"),
@@ -262,6 +313,18 @@ def test_other_archives_and_damaged_ones_are_refused(tmp_path):
             read_all(path)
 
 
+def test_each_of_its_places_may_stand_for_its_folder(tmp_path):
+    later = NAME.replace("08.3", "09.1")
+    write(tmp_path / NAME, rain(), DATES)
+    write(tmp_path / later, rain(1), [date + timedelta(days=20) for date in DATES])
+    whole = Meteonet(GRID, path=str(tmp_path))
+    assert [path.name for path in whole.places()] == [NAME, later]
+    parts = [file for place in whole.places() for file in Meteonet(GRID, path=str(place)).files(None, None)]
+    assert parts == list(whole.files(None, None))
+    with pytest.raises(ValueError, match="no files of MeteoNet reflectivity_old"):
+        list(Meteonet(GRID, product="reflectivity_old", path=str(tmp_path / NAME)).files(None, None))
+
+
 def test_other_zones_and_products_are_passed_over(tmp_path):
     write(tmp_path / NAME, rain(), DATES)
     for name in ("rainfall_SE_2016_08.3.npz", "rainfall_mean_quality-code_NW_2016_08.3.npz", "notes.txt"):
@@ -270,5 +333,7 @@ def test_other_zones_and_products_are_passed_over(tmp_path):
     assert [Path(file.url).name for file in files] == [NAME, NAME]
     with pytest.raises(ValueError, match="no files of MeteoNet reflectivity_old"):
         list(Meteonet(GRID, product="reflectivity_old", path=str(tmp_path)).files(None, None))
-    with pytest.raises(ValueError, match="expected one of rainfall, reflectivity_old"):
+    with pytest.raises(
+        ValueError, match="expected one of rainfall, reflectivity_old, rainfall_mean_quality-code"
+    ):
         Meteonet(GRID, product="quality")

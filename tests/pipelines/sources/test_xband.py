@@ -140,6 +140,31 @@ def test_the_grid_is_that_of_the_real_footprint(data):
 
 
 @pytest.mark.data
+def test_the_real_footprint_holds_a_picture_that_stands_as_those_before_the_turn(data, pictures):
+    """So it does not confirm by how much they are to be turned: something shades the beam in the west of both."""
+    y, x = np.indices((1024, 1024)) - 511.5
+    near = (np.hypot(x, y) * 60 > 2000) & (np.hypot(x, y) * 60 < 10_000)
+    towards = (np.degrees(np.arctan2(x, -y)) % 360).astype(int)[near]
+
+    def shares(echoes: np.ndarray) -> np.ndarray:
+        """How often there is an echo, by degree, less the mean of the 31 degrees round it."""
+        by_degree = np.bincount(towards, echoes[near], 360) / np.bincount(towards, minlength=360)
+        return by_degree - ndimage.uniform_filter1d(by_degree, 31, mode="wrap")
+
+    with rasterio.open(data / "xband_cagliari" / "radarfootprint.tif", driver="GTiff") as file:
+        footprint = shares(file.read(2) == 255)
+    raw = np.zeros((1024, 1024))
+    for path in pictures[::6]:
+        with Image.open(path) as picture:
+            raw += np.asarray(picture)[..., 1] == 255
+    alike = [np.corrcoef(shares(raw / 10), np.roll(footprint, turn))[0, 1] for turn in range(360)]
+    assert np.argmax(alike) == 0
+    assert alike[0] > 0.5
+    assert max(alike[54], alike[-54]) < 0.2
+    assert {footprint.argmin(), shares(raw).argmin()} <= {273, 274, 275}  # degrees
+
+
+@pytest.mark.data
 def test_the_real_pictures_have_a_minute_each(source):
     files = list(source.files(None, None))
     assert len(files) == 60

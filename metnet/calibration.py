@@ -1,0 +1,247 @@
+"""`Calibration`: probabilities made to agree with how often rain then came, by threshold and lead time.
+
+The logit of exceeding each edge between the classes of rain is carried along a line (Platt 1999,
+"Probabilistic outputs for support vector machines", here on a network's own logit), whose offset and slope
+move with the logarithm of the lead time. It changes how sure a forecast is, not where it rains, and can be
+undone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from metnet.rain import BinnedForecast, RainBins
+
+REFERENCE = 20.0  # minutes at which offset and slope are their `level`
+ALIKE = 1000.0  # pixels of one storm err together: so many of them tell as much as one
+DOUBT = 1.0  # how far from leaving all as it is the numbers may lie before anything is seen
+LEAST, MOST = 1e-6, 1 - 1e-6  # probabilities that a logit is taken of
+STEPS = 40  # of the fit, which is nearly quadratic
+
+
+@dataclass(frozen=True)
+class Exceedances:
+    """What was said at single pixels, and what fell there."""
+
+    above: Float[Tensor, "pixel edge"]  # P(rate >= edge) for each edge between the classes
+    lead_time: Float[Tensor, "pixel"]  # minutes
+    fell: Int[Tensor, "pixel"]  # the class that was observed
+
+    @staticmethod
+    def joined(parts: "Sequence[Exceedances]") -> "Exceedances":
+        """All pixels of the parts."""
+        names = [field.name for field in fields(Exceedances)]
+        return Exceedances(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+    def happened(self) -> Float[Tensor, "pixel edge"]:
+        """1 where the rate reached the edge, else 0."""
+        return (self.fell[:, None] > torch.arange(self.above.shape[1])).to(self.above)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """For each edge between the classes, in rising order: logit q = c + shift + slope · (logit p - c).
+
+    c is the edge's `centre`. At a lead time t the shift is `level[0] + drift[0] · s` and the logarithm of the
+    slope `level[1] + drift[1] · s`, s = log(t / 20 min), held at the ends of the lead times it was fitted on.
+    Where lines of neighbouring edges would cross, the higher edge is no likelier than the lower.
+    """
+
+    centre: tuple[float, ...]  # logit of how often each edge is reached, about which its line turns
+
+    level: tuple[tuple[float, float], ...]  # of each edge: shift, logarithm of the slope
+    drift: tuple[tuple[float, float], ...]  # for each factor of e in lead time
+    lead_times: tuple[float, float]  # minutes, from and to
+    class_weights: tuple[float, ...] = ()  # by which the loss counted pixels of each class; none: all alike
+
+    def __call__(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
+        """The calibrated forecast; `lead_time` in minutes. One lead time after the other, to spare memory."""
+        leads = [
+            _classes(self.apply(above(_unweighted(said, self.class_weights)), minutes))
+            for said, minutes in zip(torch.split(forecast.probability, 1, dim=1), lead_time, strict=True)
+        ]
+        return BinnedForecast(torch.cat(leads, dim=1), forecast.bins)
+
+    def apply(
+        self, said: Float[Tensor, "batch lead edge y x"], lead_time: Float[Tensor, ""]
+    ) -> Float[Tensor, "batch lead edge y x"]:
+        """Calibrated probabilities of exceeding each edge."""
+        offset, slope = self.line(lead_time[None]).to(said)[..., None, None].unbind(dim=2)
+        return _falling(torch.sigmoid(torch.addcmul(offset, slope, said.clamp(LEAST, MOST).logit())))
+
+    def line(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "lead edge 2"]:
+        """Offset and slope of each edge at each lead time (minutes): logit q = offset + slope · logit p."""
+        level, drift, centre = (torch.tensor(part) for part in (self.level, self.drift, self.centre))
+        later = (lead_time.cpu().clamp(*self.lead_times) / REFERENCE).log()[:, None, None]
+        shift, logarithm = (level + drift * later).unbind(dim=2)
+        slope = logarithm.exp()
+        return torch.stack([centre + shift - slope * centre, slope], dim=2)
+
+    @classmethod
+    def fitted(
+        cls, said: Exceedances, class_weights: Sequence[float] = (), alike: float = ALIKE
+    ) -> "Calibration":
+        """The lines that make what fell likeliest, edge by edge; without events they leave all as it is.
+
+        `said` is without the class weights, if there are any; `alike` pixels tell as much as one.
+
+        Raises:
+            ValueError: if there are no pixels.
+        """
+        count, edges = said.above.shape
+        if not count:
+            raise ValueError("no observed pixel to calibrate on")
+        happened = said.happened().double()
+        centre = ((happened.sum(dim=0) + 0.5) / (count + 1)).logit()
+        logit = said.above.double().clamp(LEAST, MOST).logit() - centre
+        later = (said.lead_time.double() / REFERENCE).log()[:, None]
+        numbers = torch.zeros(4, edges, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([numbers], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+        def cost() -> Tensor:
+            optimizer.zero_grad()
+            slope = (numbers[1] + numbers[3] * later).exp()
+            line = centre + numbers[0] + numbers[2] * later + slope * logit
+            unlikely = F.binary_cross_entropy_with_logits(line, happened, reduction="sum") / alike
+            total = (unlikely + (numbers**2).sum() / (2 * DOUBT**2)) / count
+            torch.autograd.backward(total)
+            return total
+
+        optimizer.step(cost)  # type: ignore[no-untyped-call]
+        level, drift = (
+            [tuple(pair) for pair in part.T.tolist()] for part in torch.split(numbers.detach(), 2)
+        )
+        ends = (float(said.lead_time.min()), float(said.lead_time.max()))
+        return cls(tuple(centre.tolist()), tuple(level), tuple(drift), ends, tuple(class_weights))
+
+    def of(self, said: Exceedances) -> Exceedances:
+        """The same pixels, calibrated."""
+        offset, slope = self.line(said.lead_time).unbind(dim=2)
+        line = offset + slope * said.above.clamp(LEAST, MOST).logit()
+        return Exceedances(torch.sigmoid(line).cummin(dim=1).values, said.lead_time, said.fell)
+
+    def only(self, kept: Sequence[bool]) -> "Calibration":
+        """The same for some of the edges; the others are left as they are."""
+        nothing = (0.0, 0.0)
+        level, drift = (
+            tuple(pair if keep else nothing for pair, keep in zip(part, kept, strict=True))
+            for part in (self.level, self.drift)
+        )
+        return replace(self, level=level, drift=drift)
+
+    def card(self) -> dict[str, Any]:
+        """What a model file says of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any], edges: int) -> "Calibration":
+        """The calibration of a model file.
+
+        Raises:
+            ValueError: if it is none, or for another number of edges between classes.
+        """
+        try:
+            level, drift = (tuple((float(a), float(b)) for a, b in card[name]) for name in ("level", "drift"))
+            centre = tuple(float(logit) for logit in card["centre"])
+            first, last = (float(minutes) for minutes in card["lead_times"])
+            weights = tuple(float(weight) for weight in card["class_weights"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"calibration: expected what a run of metnet train writes, got {card}"
+            ) from error
+        numbers = [number for part in (centre, *level, *drift) for number in part]
+        whole = {len(centre), len(level), len(drift)} == {edges} and len(weights) in (0, edges + 1)
+        sound = all(map(math.isfinite, numbers)) and all(
+            0 < number < math.inf for number in (first, *weights)
+        )
+        if not whole or not sound or not first <= last < math.inf:
+            raise ValueError(
+                f"calibration: expected finite numbers for each of {edges} edges between classes, rising "
+                f"lead times and a weight above 0 for each class or none, got {card}; the file is damaged or "
+                "not of this model"
+            )
+        return cls(centre, level, drift, (first, last), weights)
+
+
+def undone(
+    probability: Float[Tensor, "*shape"], offset: Float[Tensor, "*#shape"], slope: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*shape"]:
+    """The probability that a line of a `Calibration` was applied to; NaN stays NaN."""
+    return torch.sigmoid((probability.clamp(LEAST, MOST).logit() - offset) / slope)
+
+
+def exceedances(
+    forecast: BinnedForecast,
+    lead_time: Float[Tensor, "lead"],
+    target: Float[Tensor, "batch lead y x"],
+    count: int,
+    generator: torch.Generator,
+) -> Exceedances:
+    """Some observed pixels, `count` of each sample and lead time at most; `target` in mm/h."""
+    parts = []
+    fell = forecast.bins.classify(target)
+    for index, minutes in enumerate(lead_time):
+        reached = above(forecast.probability[:, index : index + 1])[:, 0].movedim(1, -1)
+        for said, classes in zip(reached, fell[:, index], strict=True):
+            there = (classes >= 0).nonzero()
+            some = there[torch.randperm(len(there), generator=generator)[:count]].unbind(dim=1)
+            parts.append(Exceedances(said[some], minutes.expand(len(some[0])), classes[some]))
+    return Exceedances.joined(parts)
+
+
+def cost(said: Exceedances) -> Float64[Tensor, "edge"]:
+    """For each edge the mean over pixels of the binary cross-entropy (nats), as `loss.ordinal` sums it."""
+    each = F.binary_cross_entropy(
+        said.above.double().clamp(LEAST, MOST), said.happened().double(), reduction="none"
+    )
+    return each.mean(dim=0)
+
+
+def identity(bins: RainBins) -> Calibration:
+    """The calibration that leaves all as it is."""
+    nothing = ((0.0, 0.0),) * len(bins.edges)
+    return Calibration((0.0,) * len(bins.edges), nothing, nothing, (REFERENCE, REFERENCE))
+
+
+def unweighted(forecast: BinnedForecast, class_weights: Sequence[float]) -> BinnedForecast:
+    """What a network means whose loss counted each pixel by its observed class; as it is without weights.
+
+    Such a network learns w_k P(k) / sum_j w_j P(j) in place of P(k) (Saerens et al. 2002, Neural Computation
+    14, 21-41).
+    """
+    return BinnedForecast(_unweighted(forecast.probability, class_weights), forecast.bins)
+
+
+def _unweighted(
+    probability: Float[Tensor, "batch lead bin y x"], class_weights: Sequence[float]
+) -> Float[Tensor, "batch lead bin y x"]:
+    if not class_weights:
+        return probability
+    share = probability / torch.tensor(tuple(class_weights)).to(probability)[:, None, None]
+    return share / share.sum(dim=2, keepdim=True)
+
+
+def above(probability: Float[Tensor, "batch lead bin y x"]) -> Float[Tensor, "batch lead edge y x"]:
+    """P(rate >= edge) for each edge between the classes."""
+    return probability[:, :, 1:].flip(2).cumsum(dim=2).flip(2)
+
+
+def _falling(reached: Float[Tensor, "batch lead edge y x"]) -> Float[Tensor, "batch lead edge y x"]:
+    """No probability higher than that of a lower edge."""
+    first, *others = reached.unbind(dim=2)
+    edges = [first]
+    for other in others:
+        edges.append(torch.minimum(edges[-1], other))
+    return torch.stack(edges, dim=2)
+
+
+def _classes(reached: Float[Tensor, "batch lead edge y x"]) -> Float[Tensor, "batch lead bin y x"]:
+    """The probability of each class from those of exceeding the edges between them."""
+    certain = torch.ones_like(reached[:, :, :1])
+    return -reached.diff(dim=2, prepend=certain, append=0 * certain)

@@ -1,0 +1,335 @@
+"""`bench_skill`: what a training recipe is worth on events that it never saw, beside what else there is.
+
+Each event (or several together) is left out in turn: the recipe trains on all others, and forecasts it. A
+forecaster counts at the very pixels where all others have a forecast, too.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from metnet.batch import Batch
+from metnet.decision import DecidedForecast
+from metnet.forecaster import Forecaster
+from metnet.rain import EnsembleForecast, RainForecast
+from metnet.scores.brier import Brier
+from metnet.scores.crps import Crps
+from metnet.scores.csi import Csi
+from metnet.scores.fss import Fss
+from metnet.scores.reliability import Reliability
+from metnet.scores.score import Score
+from pipelines.baselines.extrapolation import Extrapolation
+from pipelines.baselines.steps import Steps
+from pipelines.ingest import ingest
+from pipelines.observations import Observations
+from pipelines.past import past
+from pipelines.plain import rain_cube
+from pipelines.progress import track
+from pipelines.samples import Span
+from pipelines.skill import Ratio, Skill
+from pipelines.sources.source import Source
+from pipelines.train import Trained
+from pipelines.trained import TrainedModel, trained, untrained
+
+THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability
+HEAVY = 5.0  # mm/h, of the fractions skill score
+SCALES = (5.0, 20.0)  # km, of the same
+FARTHEST = 60.0  # minutes
+BASELINES = ("steps", "widened", "extrapolation")
+
+
+@dataclass(frozen=True)
+class Event:
+    """How one left-out event was forecast."""
+
+    name: str
+    runs: int
+    pixels: int
+    lead_times: tuple[float, ...]  # minutes
+    table: Mapping[str, Any]  # by score: values by forecaster and lead time, ratios by baseline
+
+
+@dataclass(frozen=True)
+class BenchedSkill:
+    """What a call of `bench_skill` measured."""
+
+    out: str
+    events: tuple[Event, ...]
+
+    def __str__(self) -> str:
+        """For each event and score, the ratio to each baseline with its interval."""
+        lines = []
+        for event in self.events:
+            lines.append(
+                f"{event.name}: {event.runs} runs, {event.pixels:,} pixels, "
+                f"{event.lead_times[0]:g} to {event.lead_times[-1]:g} min"
+            )
+            for score, row in event.table.items():
+                told = ", ".join(
+                    f"{ratio['value']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f}) of {name}"
+                    for name, ratio in row["ratio"].items()
+                )
+                lines.append(f"  {score}: {told}")
+        return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json"])
+
+
+def bench_skill(
+    data: str,
+    events: Mapping[str, Source],
+    out: str,
+    training: Callable[..., Trained | None],
+    leave_out: Sequence[str] = (),
+    runs: int = 9,
+    side: int = 512,
+    members: int = 24,
+    widened: str | None = None,
+    resamples: int = 1000,
+    config: Mapping[str, Any] | None = None,
+) -> BenchedSkill:
+    """Trains a recipe without some events, forecasts these, and tells its scores beside the baselines'.
+
+    Baselines are pysteps' STEPS, whose scores are corrected for its few members (`Crps.fair`), the plain
+    extrapolation, and `widened`: the prior fitted on the same training events, which is where the network
+    starts from. What is there in `out` already (cubes, trainings, members) is used again.
+
+    Args:
+        data: folder that the events lie in.
+        events: what to learn from and to forecast, by name.
+        out: folder for all that is made.
+        training: `pipelines.train.train`, but for `cube`, `run` and `config`.
+        leave_out: events left out one after the other, together where joined by "+"; none: each in turn.
+        runs: forecasts of an event, evenly over the init times that have a past and a future.
+        side: cells; of a larger grid the window of this size with the most rain is forecast.
+        members: of STEPS.
+        widened: run folder whose fitted prior is the widened extrapolation; None: the one trained here.
+        resamples: how often runs are drawn anew for intervals.
+        config: the whole call; `config["training"]` goes into the card of each training.
+
+    Raises:
+        ValueError: for an event that is not there, or that is too short to forecast.
+    """
+    if not Path(data).is_dir():
+        raise ValueError(f"data={data}: no such folder; give the one with the radar files")
+    folds = [fold.split("+") for fold in (leave_out or list(events))]
+    unknown = sorted({name for fold in folds for name in fold} - set(events))
+    if unknown:
+        raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
+    folder = Path(out)
+    cubes = {name: _cube(source, folder / "cubes" / name) for name, source in events.items()}
+    recipe = dict((config or {}).get("training", {}))
+    measured = []
+    for fold in folds:
+        run = folder / "runs" / "+".join(fold)
+        learned = [cubes[name] for name in cubes if name not in fold]
+        given = {"cube": learned, "run": str(run)}
+        training(**given, config={**recipe, **given})
+        forecasters: dict[str, Forecaster] = {
+            "trained": trained(run),
+            "steps": Steps(members),
+            "widened": untrained(widened or run),
+            "extrapolation": Extrapolation(),
+        }
+        for name in fold:
+            kept = folder / "steps" / name
+            measured.append(_measured(name, rain_cube(cubes[name]), forecasters, runs, side, resamples, kept))
+            _write(folder, measured)
+    return BenchedSkill(out, tuple(measured))
+
+
+def _cube(source: Source, path: Path) -> str:
+    """The cube of an event; what it holds already is not read again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return ingest(source, str(path), group="radar").cube
+
+
+def _measured(
+    name: str,
+    cube: Observations,
+    forecasters: Mapping[str, Forecaster],
+    runs: int,
+    side: int,
+    resamples: int,
+    kept: Path,
+) -> Event:
+    """All scores of all forecasters on one event.
+
+    Raises:
+        ValueError: if no init time has a past and a future.
+    """
+    model = forecasters["trained"]
+    assert isinstance(model, TrainedModel)
+    near = [lead for lead in model.lead_times if lead <= FARTHEST]
+    span = Span.of_those(cube, model.frames, near)
+    leads = tuple(lead * cube.cadence.total_seconds() / 60 for lead in span.leads)
+    inits = _inits(cube, span, runs)
+    if not inits:
+        raise ValueError(
+            f"{cube.path}: no time with {model.frames} frames up to it and {leads[-1]:g} min behind"
+        )
+    window = _window(cube, side)
+    scores = _scores(cube.grid.cell_size / 1000)
+    sums: dict[str, list[Tensor]] = {score.name: [] for score in scores}
+    counts = []
+    for init in track(inits, f"forecasting {name}", total=len(inits)):
+        batch = _cut(past(cube, init, model.frames, leads), window)
+        said = {
+            key: _kept(kept, init, window, forecaster, batch) if key == "steps" else _said(forecaster, batch)
+            for key, forecaster in forecasters.items()
+        }
+        observed = torch.from_numpy(
+            np.concatenate([cube.block(init + timedelta(minutes=lead), 1, window) for lead in leads])
+        )[None]
+        seen = ~observed.isnan()
+        for forecast in said.values():
+            observed = observed.masked_fill(forecast.probability_above(1.0).isnan(), torch.nan)
+        counts.append(torch.stack([(~observed.isnan()).sum((0, 2, 3)), seen.sum((0, 2, 3))]))
+        for score in scores:
+            sums[score.name].append(
+                torch.stack([score.sums(forecast, observed) for forecast in said.values()])
+            )
+    pixels, seen_pixels = torch.stack(counts, dim=1)
+    skill = Skill(
+        scores=scores,
+        forecasters=tuple(forecasters),
+        init_times=tuple(inits),
+        lead_times=leads,
+        sums={key: torch.stack(parts, dim=1) for key, parts in sums.items()},
+        pixels=pixels,
+        observed=seen_pixels,
+        rain=torch.full_like(pixels, math.nan, dtype=torch.float64),
+    )
+    return Event(name, len(inits), int(pixels.sum()), leads, _table(skill, resamples))
+
+
+def _inits(cube: Observations, span: Span, runs: int) -> list[datetime]:
+    """So many init times, evenly over those with every past frame and every target."""
+    needed = [*range(-span.frames + 1, 1), *span.leads]
+    whole = [
+        index
+        for index in range(span.frames - 1, len(cube.times) - span.leads[-1])
+        if all(cube.observed[index + step] for step in needed)
+    ]
+    chosen = np.unique(np.linspace(0, len(whole) - 1, min(runs, len(whole))).round().astype(int))
+    return [cube.times[whole[place]] for place in chosen]
+
+
+def _window(cube: Observations, side: int) -> tuple[int, int, int, int]:
+    """The window (y0, x0, ny, nx) of at most this side with the most rain over the event, in whole blocks."""
+    rows, columns = (min(side, size) for size in cube.grid.shape)
+    total = np.nansum([cube.block(time, 1)[0] for time in cube.times[::4]], axis=0)
+    table = np.zeros((total.shape[0] + 1, total.shape[1] + 1))
+    table[1:, 1:] = total.cumsum(0).cumsum(1)
+    rain = (
+        table[rows:, columns:] - table[:-rows, columns:] - table[rows:, :-columns] + table[:-rows, :-columns]
+    )
+    y, x = divmod(int(rain.argmax()), rain.shape[1])
+    return y, x, rows, columns
+
+
+def _cut(batch: Batch, window: tuple[int, int, int, int]) -> Batch:
+    """What is known of a window alone."""
+    y, x, rows, columns = window
+    radar = batch.radar[:, :, y : y + rows, x : x + columns]
+    return Batch(radar, batch.age, batch.init_time, batch.lead_time, batch.cell_size)
+
+
+def _said(forecaster: Forecaster, batch: Batch) -> RainForecast:
+    """The forecast; of a trained model with the probabilities from which it means yes."""
+    forecast = forecaster(batch)
+    if not isinstance(forecaster, TrainedModel) or forecaster.cuts is None:
+        return forecast
+    leads = batch.lead_time.tolist()
+    cuts = {rate: row for rate in THRESHOLDS if (row := forecaster.cuts.at(rate, leads)) is not None}
+    return DecidedForecast(forecast, cuts)
+
+
+def _kept(
+    folder: Path, init: datetime, window: tuple[int, int, int, int], forecaster: Forecaster, batch: Batch
+) -> RainForecast:
+    """The forecast's members, from the folder if they are there: STEPS takes a minute a run."""
+    place = "-".join(str(number) for number in (*window, *batch.lead_time.int().tolist()))
+    path = folder / f"{init:%Y%m%dT%H%MZ}-{place}-{forecaster}.zarr".replace(" ", "")
+    if not path.exists():
+        forecast = forecaster(batch)
+        assert isinstance(forecast, EnsembleForecast)
+        unfinished = path.with_suffix(".unfinished")
+        zarr.save_array(unfinished, forecast.members.numpy())  # type: ignore[arg-type]
+        unfinished.rename(path)
+    return EnsembleForecast(torch.from_numpy(np.asarray(zarr.load(path))))
+
+
+def _scores(kilometres: float) -> tuple[Score, ...]:
+    """What is told, on cells of this side."""
+    return (
+        Crps(fair=True),
+        *(Brier(threshold, fair=True) for threshold in THRESHOLDS),
+        *(Csi(threshold) for threshold in THRESHOLDS[1:]),
+        *(Fss(HEAVY, 1 + 2 * round((scale / kilometres - 1) / 2)) for scale in SCALES if scale > kilometres),
+        *(Reliability(threshold) for threshold in THRESHOLDS),
+    )
+
+
+def _table(skill: Skill, resamples: int) -> dict[str, Any]:
+    """By score: the values by forecaster and lead time, and the ratio of the means to each baseline's."""
+    return {
+        score.name: {
+            "values": dict(zip(skill.forecasters, skill.values(score).tolist(), strict=True)),
+            "ratio": {name: asdict(skill.ratio(score, name, resamples)) for name in BASELINES},
+            "difference": {
+                name: {
+                    key: getattr(skill.difference(score, name, resamples), key).tolist()
+                    for key in ("value", "low", "high")
+                }
+                for name in BASELINES
+            },
+        }
+        for score in skill.scores
+    }
+
+
+def _write(folder: Path, events: Sequence[Event]) -> None:
+    """All that was measured, as numbers and as tables to read."""
+    told = json.dumps([asdict(event) for event in events], indent=1)
+    (folder / "skill.json").write_text(told)
+    (folder / "skill.md").write_text("\n".join(_markdown(events)) + "\n")
+
+
+def _markdown(events: Sequence[Event]) -> Iterator[str]:
+    """The ratios of every event, then every event by lead time."""
+    yield "Mean over the lead times, by the baseline's (90 % interval of a paired block bootstrap over runs)."
+    yield ""
+    for score in dict.fromkeys(score for event in events for score in event.table):
+        yield f"| {score} | runs | of STEPS | of the widened extrapolation | of the extrapolation |"
+        yield "|---|---|---|---|---|"
+        for event in events:
+            if score in event.table:
+                ratios = event.table[score]["ratio"]
+                cells = " | ".join(_ratio(Ratio(**ratios[name])) for name in BASELINES)
+                yield f"| {event.name} | {event.runs} | {cells} |"
+        yield ""
+    for event in events:
+        for score, row in event.table.items():
+            yield (
+                f"| {event.name}: {score} | "
+                + " | ".join(f"{lead:g} min" for lead in event.lead_times)
+                + " |"
+            )
+            yield "|---" * (1 + len(event.lead_times)) + "|"
+            for name, values in row["values"].items():
+                yield f"| {name} | " + " | ".join(f"{value:.4g}" for value in values) + " |"
+            yield ""
+
+
+def _ratio(ratio: Ratio) -> str:
+    """Bold where the whole interval lies on one side of 1."""
+    text = f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
+    return f"**{text}**" if ratio.high < 1 or ratio.low > 1 else text

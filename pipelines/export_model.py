@@ -1,0 +1,481 @@
+"""`export`: a trained network as one graph, `.pt2` (torch.export) or `.onnx`; data by `pipelines.export`.
+
+The graph holds the whole way from the newest frames (mm/h, NaN = not observed) to the probability of each
+class: scaling, advection, prior, network and calibration. The motion of the rain is an input: optical flow is
+OpenCV's. The grid and the lead times are fixed, and how old a frame may be, since how many steps a trajectory
+takes follows from them. Beside the graph lies its card, a JSON file that says what goes in, what comes out,
+and how far what was written is from the network.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from metnet import model as engine
+from metnet.advection import _motion_at, _sample
+from metnet.batch import Batch
+from metnet.model import MetNet, Past
+from metnet.rain import BinnedForecast
+from pipelines.cube import RADAR
+from pipelines.export import Exported
+from pipelines.export import export as export_data
+from pipelines.motion import FRAMES, motion
+from pipelines.observations import Observations
+from pipelines.past import past
+from pipelines.plain import rain_cube
+from pipelines.trained import CARD, TrainedModel, trained
+from pipelines.version import version
+
+GRAPHS = {".pt2": "a program of torch.export", ".onnx": "an ONNX model"}
+LONGEST_STEP = 5.0  # minutes of one step along a trajectory, as `metnet.advection.advect` takes them
+NEAR = 1e-4  # of a probability: how far what was written may be from the network
+SHAKEN = 2e-6  # share of the motion: more than runtimes differ by rounding, and less than anybody can know it
+LATE = 30.0  # minutes by which frames may come later than their cadence has it
+LOOKED_AT = 12  # frames of a cube, of which the wettest becomes the real sample
+OPSET = 20  # of ONNX: the first whose GridSample is the present one
+INT64 = 7  # as ONNX numbers its types
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+MEANING = {
+    "radar": "rain rate, mm/h; NaN: not observed; oldest frame first, row 0 in the north",
+    "age": "minutes before the init time of each radar frame, falling",
+    "motion": "cells a minute to the east, then to the south; optical flow of the newest frames",
+    "cell_size": "side of a cell, metres",
+    "satellite": "satellite images, each channel in its unit; NaN: not observed; oldest first",
+    "satellite_age": "minutes before the newest radar frame of each image",
+    "static": "static fields, each in its unit",
+    "place": "longitude and latitude of each cell, degrees",
+    "init_time": "time of the newest radar frame, seconds since 1970-01-01 UTC",
+    "surroundings": "rain far around the grid, mm/h, in means over larger cells",
+}
+Run = Callable[[Sequence[Tensor]], Tensor]
+
+
+def export(
+    path: str,
+    to: str,
+    group: str = RADAR,
+    run: str | None = None,
+    start: str | None = None,
+    end: str | None = None,
+    license: str | None = None,
+    cube: str | None = None,
+    size: Sequence[int] | None = None,
+    lead_times: Sequence[float] | None = None,
+) -> Exported:
+    """Writes a trained network as a graph, or data as `pipelines.export.export`, to a place of its own.
+
+    Args:
+        path: run folder of `metnet train`; or folder or URL of a cube or of forecasts.
+        to: a file that ends in .pt2 or .onnx; or, of data, a place that ends in .zarr or .nc.
+        group: of data, as `pipelines.export.export` has it.
+        run: likewise.
+        start: likewise.
+        end: likewise.
+        license: likewise.
+        cube: of a network: whose grid and cadence it is written for; None: the first it learned from.
+        size: of a network: rows and columns, the middle of the cube's grid; None: all of it.
+        lead_times: of a network: minutes, rising; None: those it learned from.
+
+    Raises:
+        ValueError: if what is asked for does not go together, or what was written says something else than
+            the network, in which case nothing is left behind.
+    """
+    holds_network = (Path(path) / CARD).is_file()
+    asks_for_graph = Path(to).suffix in GRAPHS
+    if not holds_network and not asks_for_graph:
+        return export_data(path, to, group, run, start, end, license)
+    if not (holds_network and asks_for_graph):
+        kinds = " or ".join(f"{kind} that ends in {suffix}" for suffix, kind in GRAPHS.items())
+        raise ValueError(
+            f"path={path}, to={to}: a network is a run folder of metnet train with {CARD} in it, which "
+            f"{'is' if holds_network else 'is not'} there, and becomes {kinds}; data become .zarr or .nc"
+        )
+    if Path(to).exists():
+        raise ValueError(f"to={to}: something is there already; remove it, or give another place")
+    if Path(to).suffix == ".onnx" and (lacking := [n for n in NEEDED if importlib.util.find_spec(n) is None]):
+        raise ValueError(
+            f"to={to}: ONNX needs the packages {', '.join(lacking)}; pip install {' '.join(NEEDED)}, "
+            "or write a .pt2"
+        )
+    made = trained(path)
+    learned = [opened["path"] for opened in made.card["cubes"]]
+    leads = made.lead_times if lead_times is None else tuple(float(lead) for lead in lead_times)
+    return write_graph(made, Path(to), rain_cube(learned[0] if cube is None else cube), size, leads)
+
+
+def write_graph(
+    made: TrainedModel,
+    to: Path,
+    cube: Observations,
+    size: Sequence[int] | None,
+    lead_times: Sequence[float],
+) -> Exported:
+    """Writes the graph, opens it, compares it with the network on made-up and real rain, writes its card.
+
+    Raises:
+        ValueError: for a network, lead times or a size that no graph can be written for, or a graph that
+            says something else than the network.
+    """
+    if made.network.planes is not None:
+        raise ValueError(
+            "the network has lead_time=input, which looks at its lead times; expected one with FiLM"
+        )
+    if not lead_times or any(
+        later <= lead for lead, later in zip((0.0, *lead_times), lead_times, strict=False)
+    ):
+        raise ValueError(f"lead_times={list(lead_times)}: expected minutes that rise from above 0")
+    if cube.cadence not in made.cadences:
+        known = ", ".join(f"{cadence.total_seconds() / 60:g}" for cadence in made.cadences)
+        raise ValueError(
+            f"{cube.path} has a frame every {cube.cadence.total_seconds() / 60:g} min, the model learned "
+            f"from {known} min; give another cube="
+        )
+    real = _real(cube, made, _window(cube, size), lead_times)
+    made_up = _made_up(made.network, real)
+    samples = {"made up": made_up, "made up, a frame missing": _without(made_up, -2), "real": real}
+    graph = Graph(made, lead_times, real.age.max().item() + LATE)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as aside:
+        written = Path(aside) / to.name
+        (_write_onnx if to.suffix == ".onnx" else _write_pt2)(graph, graph.inputs(real), written)
+        apart = _apart(made, graph, _opened(written, graph.names), samples)
+        card = _card(made, graph, real, written, apart, cube)
+        (Path(aside) / CARD).write_text(json.dumps(card, indent=2))
+        written.replace(to)
+        (Path(aside) / CARD).replace(to.with_name(f"{to.name}.json"))
+    rows, columns = real.radar.shape[2:]
+    told = (
+        f"{made.card['parameters']:,} parameters, {rows} x {columns} cells, "
+        f"{lead_times[0]:g} to {lead_times[-1]:g} min, "
+        f"differs from the network by {max(apart.values()):.1g} at most"
+    )
+    return Exported(str(to), told, to.stat().st_size)
+
+
+class Graph(nn.Module):
+    """A network as a function of tensors, for one sample of one grid size.
+
+    Args:
+        made: a network that is told its lead times by FiLM.
+        lead_times: minutes.
+        oldest: minutes before the init time; the largest age of a radar frame.
+    """
+
+    def __init__(self, made: TrainedModel, lead_times: Sequence[float], oldest: float):
+        super().__init__()
+        self.network = network = made.network
+        self.calibration = made.calibration
+        self.lead_times, self.oldest = tuple(lead_times), oldest
+        sees = network.scaling
+        wanted = {
+            "motion": network.prior is not None,
+            "cell_size": network.prior is not None,
+            "satellite": sees.satellite is not None,
+            "satellite_age": sees.satellite is not None,
+            "static": sees.static is not None,
+            "place": sees.place is not None,
+            "init_time": sees.place is not None,
+            "surroundings": network.surroundings is not None,
+        }
+        self.names = ("radar", "age", *(name for name, is_wanted in wanted.items() if is_wanted))
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What of a batch goes in, in the order of `names`."""
+        return tuple(getattr(batch, name) for name in self.names)
+
+    def forward(self, *inputs: Tensor) -> Float[Tensor, "batch lead bin y x"]:
+        """The probability of each class of rain."""
+        given = dict(zip(self.names, inputs, strict=True))
+        radar = given["radar"]
+        known = {
+            "lead_time": torch.tensor(self.lead_times),
+            "cell_size": torch.ones(1),
+            "init_time": torch.zeros(1, dtype=torch.int64),
+        }
+        seen = self.network.encode(Batch(**{**known, **given}))
+        at_once = max(1, engine.PIXELS_AT_ONCE // seen.fine[:, 0].numel())
+        parts = []
+        for first in range(0, len(self.lead_times), at_once):
+            leads = self.lead_times[first : first + at_once]
+            unrolled = cast(Past, Unrolled(seen, leads, self.oldest))
+            parts.append(self.network.decode(unrolled, torch.tensor(leads)).softmax(dim=2))
+        rows, columns = radar.shape[2:]
+        said = torch.cat(parts, dim=1)[..., :rows, :columns]
+        if self.calibration is None:
+            return said
+        forecast = BinnedForecast(said, self.network.bins)
+        return self.calibration(forecast, torch.tensor(self.lead_times)).probability
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """A `Past` whose trajectories have a known number of steps, so that a graph can hold them."""
+
+    past: Past
+    lead_times: tuple[float, ...]  # minutes
+    oldest: float  # minutes: the largest age of a frame
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.past, name)
+
+    def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
+        """As `Past.carried`, of one sample, at the known lead times."""
+        assert self.past.motion is not None
+        each = [
+            self._along(frame[None], self.past.motion, minutes)
+            for frame, minutes in zip(self.past.radar[0], self.past.age[0], strict=True)
+        ]
+        return torch.stack(each, dim=1)
+
+    def _along(
+        self, field: Float[Tensor, "1 y x"], motion: Float[Tensor, "1 2 y x"], age: Float[Tensor, ""]
+    ) -> Float[Tensor, "1 lead y x"]:
+        """As `metnet.advection.advect`, the whole map at a time.
+
+        Which frame is carried, and so its age, is known only when the graph runs. The way to the first lead
+        time has as many steps as that of the oldest frame; those too many have no length.
+        """
+        rows = range(field.shape[1])
+        framed = F.pad(field, (1, 1, 1, 1), value=torch.nan)
+        displacement = torch.zeros_like(motion)
+        reached, carried = -age, []
+        most = math.ceil((self.lead_times[0] + self.oldest) / LONGEST_STEP)
+        for lead, following in zip(self.lead_times, (*self.lead_times[1:], math.inf), strict=True):
+            minutes = lead - reached
+            steps = (minutes.abs() / LONGEST_STEP).ceil()
+            for step in range(most):
+                length = torch.where(step < steps, minutes / steps, 0.0)
+                halfway = displacement - _motion_at(motion, displacement, rows) * (length / 2)
+                displacement = displacement - _motion_at(motion, halfway, rows) * length
+            carried.append(_sample(framed, displacement, rows))
+            reached = torch.full_like(age, lead)
+            most = math.ceil((following - lead) / LONGEST_STEP) if following < math.inf else 0
+        return torch.stack(carried, dim=1)
+
+
+def _write_pt2(graph: Graph, inputs: tuple[Tensor, ...], to: Path) -> None:
+    with torch.no_grad():
+        torch.export.save(torch.export.export(graph, inputs), to)
+
+
+def _write_onnx(graph: Graph, inputs: tuple[Tensor, ...], to: Path) -> None:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on parts of the ONNX packages themselves
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.names),
+            output_names=["probability"],
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            verbose=False,
+        )
+        assert program is not None
+        program.save(to)
+
+
+def _stable_sort() -> Callable[..., Any]:
+    """What ONNX has no operator for: a sort of whole numbers, in which equal ones keep their order."""
+    op = importlib.import_module("onnxscript").opset20
+
+    def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        """The place among its equals is made a part of each number."""
+        count = self.shape[dim]
+        shape = [count if axis == dim % len(self.shape) else 1 for axis in range(len(self.shape))]
+        place = op.Constant(value_ints=list(range(count)))
+        numbers = op.Add(
+            op.Mul(op.Cast(self, to=INT64), op.Constant(value_int=count)),
+            op.Reshape(place, op.Constant(value_ints=shape)),
+        )
+        _, index = op.TopK(
+            numbers, op.Constant(value_ints=[count]), axis=dim, largest=int(descending), sorted=1
+        )
+        return op.GatherElements(self, index, axis=dim), index
+
+    return sort
+
+
+def _opened(path: Path, names: Sequence[str]) -> Run:
+    """The graph in a file, as those run it who have nothing else."""
+    if path.suffix == ".pt2":
+        program = torch.export.load(path).module()
+        return lambda inputs: cast(Tensor, program(*inputs))
+    runtime = importlib.import_module("onnxruntime")
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        fed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, fed)[0])
+
+    return run
+
+
+def _apart(made: TrainedModel, graph: Graph, written: Run, samples: Mapping[str, Batch]) -> dict[str, float]:
+    """The largest difference of a probability from the network's, on each sample, where that is sure.
+
+    Raises:
+        ValueError: if it is more than `NEAR`.
+    """
+    apart = {}
+    for name, batch in samples.items():
+        expected = made(batch).probability
+        with torch.no_grad():
+            differs = (written(graph.inputs(batch)) - expected).abs().amax(dim=2)
+        apart[name] = differs.where(_sure(made, batch, expected), 0.0).max().item()
+        if not apart[name] <= NEAR:
+            raise ValueError(
+                f"on {name} rain the written graph differs from the network by {apart[name]:.2g}, "
+                f"expected at most {NEAR:g}; nothing was left behind: try the other kind of file"
+            )
+    return apart
+
+
+def _sure(
+    made: TrainedModel, batch: Batch, expected: Float[Tensor, "batch lead bin y x"]
+) -> Bool[Tensor, "batch lead y x"]:
+    """Where the network says the same of a motion that differs by as much as rounding.
+
+    The prior counts the cells that reach an edge between two classes. A carried rate that lies on one falls to
+    either side by the last bit of a number, and its neighbourhood with it, in any two runtimes.
+    """
+    if made.network.prior is None or batch.motion is None:
+        return torch.ones_like(expected[:, :, 0], dtype=torch.bool)
+    shaken = [
+        made(replace(batch, motion=batch.motion * factor)).probability for factor in (1 - SHAKEN, 1 + SHAKEN)
+    ]
+    differs = torch.stack([(said - expected).abs().amax(dim=2) for said in shaken]).amax(dim=0)
+    return differs <= NEAR
+
+
+def _window(cube: Observations, size: Sequence[int] | None) -> tuple[int, int, int, int]:
+    """First row, first column, rows and columns of the middle of the grid."""
+    whole = cube.grid.y_size, cube.grid.x_size
+    asked = whole if size is None else tuple(size)
+    if len(asked) != 2 or any(not 4 <= side <= most for side, most in zip(asked, whole, strict=True)):
+        raise ValueError(
+            f"size={list(asked)}: expected rows and columns, at least 4 each, within the {whole[0]} x "
+            f"{whole[1]} of {cube.path}"
+        )
+    return (whole[0] - asked[0]) // 2, (whole[1] - asked[1]) // 2, asked[0], asked[1]
+
+
+def _real(
+    cube: Observations, made: TrainedModel, window: tuple[int, int, int, int], lead_times: Sequence[float]
+) -> Batch:
+    """What a forecaster sees in the wettest of some frames; beside the rain, made-up fields."""
+    y, x, rows, columns = window
+    held = [time for time, is_there in zip(cube.times, cube.observed, strict=True) if is_there]
+    some = [held[round(place)] for place in np.linspace(0, len(held) - 1, min(LOOKED_AT, len(held)))]
+    wettest = max(some, key=lambda time: float(np.nansum(cube.block(time, 1, window))))
+    whole = past(cube, wettest, made.frames, lead_times)
+    radar = whole.radar[..., y : y + rows, x : x + columns].contiguous()
+    flow = motion(radar[0, -FRAMES:].numpy(), whole.age[0, -FRAMES:].tolist())
+    seen = replace(whole, radar=radar, motion=torch.from_numpy(np.ascontiguousarray(flow))[None])
+    return _with_other_sources(made.network, seen)
+
+
+def _made_up(network: MetNet, like: Batch) -> Batch:
+    """Rain of any strength on a third of the cells, a tenth of them not observed, that turns as it drifts."""
+    random = torch.Generator().manual_seed(0)
+    strength = torch.randn(like.radar.shape, generator=random).exp() * 2
+    radar = strength * (torch.rand(strength.shape, generator=random) < 0.3)
+    radar[torch.rand(radar.shape, generator=random) < 0.1] = torch.nan
+    rows, columns = radar.shape[2:]
+    down, right = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
+    turning = torch.stack([0.4 - 0.5 * down, 0.5 * right])[None]
+    return _with_other_sources(network, replace(like, radar=radar, motion=turning))
+
+
+def _without(batch: Batch, frame: int) -> Batch:
+    """The batch with a radar frame that is not observed, if that leaves one."""
+    radar = batch.radar.clone()
+    if radar.shape[1] > 1:
+        radar[:, frame] = torch.nan
+    return replace(batch, radar=radar)
+
+
+def _with_other_sources(network: MetNet, batch: Batch) -> Batch:
+    """The batch with made-up fields of all that the network sees beside rain."""
+    random = torch.Generator().manual_seed(1)
+    rows, columns = batch.radar.shape[2:]
+
+    def fields(scaling: Any, *before: int) -> Tensor:
+        shape = (1, *before, len(scaling.centre), rows, columns)
+        noise = torch.randn(shape, generator=random)
+        return noise * scaling.spread[:, None, None] + scaling.centre[:, None, None]
+
+    sees = network.scaling
+    more: dict[str, Tensor] = {}
+    if sees.satellite is not None:
+        more["satellite"] = fields(sees.satellite, sees.images)
+        more["satellite_age"] = 15 * torch.arange(sees.images - 1, -1, -1.0)[None]
+    if sees.static is not None:
+        more["static"] = fields(sees.static)
+    if sees.place is not None:
+        north, east = torch.meshgrid(
+            torch.linspace(53, 51, rows), torch.linspace(4, 6, columns), indexing="ij"
+        )
+        more["place"] = torch.stack([east, north])[None]
+    if network.surroundings is not None:
+        sides = (2 * math.ceil(side / network.surroundings.factor) for side in (rows, columns))
+        more["surroundings"] = torch.randn(1, batch.radar.shape[1], *sides, generator=random).exp()
+    return replace(batch, **more)
+
+
+def _card(
+    made: TrainedModel,
+    graph: Graph,
+    sample: Batch,
+    written: Path,
+    apart: Mapping[str, float],
+    cube: Observations,
+) -> dict[str, Any]:
+    """What a program must know to run the graph, and what it was made from."""
+    rows, columns = sample.radar.shape[2:]
+    return {
+        "inputs": [
+            {
+                "name": name,
+                "dtype": str(x.dtype).removeprefix("torch."),
+                "shape": list(x.shape),
+                "is": MEANING[name],
+            }
+            for name, x in zip(graph.names, graph.inputs(sample), strict=True)
+        ],
+        "outputs": [
+            {
+                "name": "probability",
+                "dtype": "float32",
+                "shape": [1, len(graph.lead_times), len(made.network.bins), rows, columns],
+                "is": "probability of each class of rain at each lead time; 1 in all over the classes",
+            }
+        ],
+        "oldest": graph.oldest,  # minutes before the init time; no frame may be older
+        "lead_times": graph.lead_times,  # minutes
+        "bins": made.card["bins"],  # mm/h
+        "largest_difference": dict(apart),  # of a probability
+        "grid_of": cube.path,
+        "network": {"sha256": made.sha256, "parameters": made.card["parameters"]},
+        "sha256": hashlib.sha256(written.read_bytes()).hexdigest(),
+        "opset": OPSET if written.suffix == ".onnx" else None,
+        "software": f"metnet-nowcast {version()}, torch {torch.__version__}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

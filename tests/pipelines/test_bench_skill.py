@@ -1,0 +1,120 @@
+"""`bench_skill`: every forecaster counts on the same pixels, and what is left out is never learned from."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from lightning import Trainer
+
+from pipelines.bench_skill import BASELINES, bench_skill
+from pipelines.sources.simulated import Simulated
+from pipelines.train import train
+
+MODEL = {
+    "_target_": "metnet.model.MetNet",
+    "_partial_": True,
+    "frames": 2,
+    "channels": 8,
+    "fine_channels": 4,
+    "depth": 0,
+    "grid": [4, 4],
+}
+
+
+def storms(seed: int) -> Simulated:
+    return Simulated(seed=seed, size=48, frames=24)
+
+
+def recipe(**given):
+    from pipelines.construct import construct
+
+    model = construct(MODEL, ("metnet.",))
+    trainer = partial(Trainer, max_steps=1, accelerator="cpu", logger=False)
+    return partial(
+        train,
+        model=model,
+        trainer=trainer,
+        lead_times=[5, 10],
+        crop=32,
+        prior_steps=3,
+        validation_samples=2,
+        **given,
+    )
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("skill")
+    events = {"one": storms(1), "two": storms(2), "three": storms(3)}
+    call = {"training": {"model": MODEL}}
+
+    def again():
+        return bench_skill(
+            str(out),
+            events,
+            str(out),
+            recipe(),
+            ["one+two"],
+            runs=3,
+            side=40,
+            members=2,
+            resamples=20,
+            config=call,
+        )
+
+    return out, again(), again
+
+
+@pytest.mark.slow
+def test_each_left_out_event_is_told_beside_every_baseline(benched):
+    out, result, _ = benched
+    assert [event.name for event in result.events] == ["one", "two"]
+    told = json.loads((out / "skill.json").read_text())
+    crps = told[0]["table"]["fair CRPS mm/h"]
+    assert set(crps["values"]) == {"trained", *BASELINES}
+    assert all(len(values) == 2 and np.isfinite(values).all() for values in crps["values"].values())
+    means = {name: np.mean(values) for name, values in crps["values"].items()}
+    assert crps["ratio"]["steps"]["value"] == pytest.approx(means["trained"] / means["steps"])
+    page = (out / "skill.md").read_text()
+    assert "of STEPS" in page
+    assert "one: fair CRPS" in page
+    assert "of widened" in str(result)
+
+
+@pytest.mark.slow
+def test_what_is_left_out_is_not_learned_from(benched):
+    out, _, _ = benched
+    card = json.loads((out / "runs" / "one+two" / "model.json").read_text())
+    assert [cube["path"] for cube in card["cubes"]] == [str(out / "cubes" / "three")]
+    assert card["config"]["cube"] == [str(out / "cubes" / "three")]
+
+
+@pytest.mark.slow
+def test_a_window_is_forecast_from_that_window_alone(benched):
+    out, _, _ = benched
+    [*kept] = (out / "steps" / "one").glob("*.zarr")
+    import zarr
+
+    assert len(kept) == 3
+    assert zarr.load(kept[0]).shape == (1, 2, 2, 40, 40)
+
+
+@pytest.mark.slow
+def test_what_was_made_is_used_again_and_says_the_same(benched, monkeypatch):
+    _, before, again = benched
+    monkeypatch.setattr("pipelines.baselines.steps.Steps.__call__", None)
+    after = again()
+    assert json.dumps([event.table for event in before.events]) == json.dumps(
+        [event.table for event in after.events]
+    )
+
+
+def test_an_event_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no event four; expected some of one"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path), recipe(), ["four"])
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        bench_skill(str(tmp_path / "x"), {"one": storms(1)}, str(tmp_path), recipe())

@@ -1,0 +1,235 @@
+"""A graph says what its network says, to whoever opens it with nothing else at hand."""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from metnet.attention.axial import AxialAttention
+from metnet.calibration import Calibration
+from metnet.lead_time import LeadTimePlanes
+from metnet.model import MetNet
+from pipelines import export_model
+from pipelines.cf import RAINFALL_RATE
+from pipelines.cube import Cube
+from pipelines.export_model import Graph, export, write_graph
+from pipelines.frame import Frame
+from pipelines.grid import Grid
+from pipelines.plain import rain_cube
+from pipelines.trained import TrainedModel, trained
+
+START, FIVE = datetime(2024, 6, 1, tzinfo=UTC), timedelta(minutes=5)
+ROWS, COLUMNS, FRAMES = 22, 17, 3
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in export_model.NEEDED),
+    reason=f"needs {', '.join(export_model.NEEDED)}",
+)
+
+
+def small(**arguments):
+    """A network every weight of which says something."""
+    torch.manual_seed(0)
+    attention = partial(AxialAttention, heads=2, dim_index=1)
+    arguments = {"channels": 8, "fine_channels": 4, "depth": 1, "grid": [4, 4], **arguments}
+    network = MetNet(FRAMES, attention=attention, **arguments)
+    for name, weight in network.named_parameters():
+        if "tell" in name or "classify" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return network.eval()
+
+
+def made(network, cube):
+    card = {
+        "cadence_minutes": [5.0],
+        "lead_times": [5.0, 15.0],
+        "cubes": [{"path": str(cube)}],
+        "parameters": sum(weight.numel() for weight in network.parameters()),
+        "bins": {"edges": network.bins.edges, "top": network.bins.top},
+    }
+    return TrainedModel(network, card, "ab" * 32)
+
+
+@pytest.fixture(scope="module")
+def cube(tmp_path_factory):
+    """Showers that drift over a grid with a blind corner; the heaviest in the fifth frame."""
+    path = tmp_path_factory.mktemp("cube") / "cube"
+    grid = Grid("EPSG:3035", 4e6, 1000.0, COLUMNS, 3e6, -1000.0, ROWS)
+    frames = []
+    for step in range(6):
+        rain = np.zeros((ROWS, COLUMNS), np.float32)
+        rain[6:14, 2 + step : 8 + step] = 7.7 if step == 4 else 3.3  # no edge of a class
+        rain[:4, :4] = np.nan
+        frames.append(
+            Frame(RAINFALL_RATE, START + step * FIVE, FIVE, grid, rain, "showers", f"{step + 1:02x}" * 32)
+        )
+    Cube.open_or_create(str(path), grid, RAINFALL_RATE, START, FIVE).write(frames)
+    return path
+
+
+def written(model, cube, to, size=None, lead_times=(5.0, 15.0)):
+    return write_graph(model, to, rain_cube(str(cube)), size, lead_times)
+
+
+def as_a_stranger(to, batch_of):
+    """The probabilities of a .pt2 file, by its card alone."""
+    card = json.loads(Path(f"{to}.json").read_text())
+    program = torch.export.load(to).module()
+    inputs = [batch_of[entry["name"]] for entry in card["inputs"]]
+    for tensor, entry in zip(inputs, card["inputs"], strict=True):
+        assert (list(tensor.shape), str(tensor.dtype)) == (entry["shape"], f"torch.{entry['dtype']}")
+    return program(*inputs)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")
+def test_a_program_says_what_the_network_says_of_any_rain_ages_and_gaps(cube, tmp_path):
+    model, to = made(small(), cube), tmp_path / "model.pt2"
+    told = str(written(model, cube, to, size=[10, 13], lead_times=(7.0,)))
+    assert "10 x 13 cells, 7 to 7 min" in told
+    card = json.loads(Path(f"{to}.json").read_text())
+    assert set(card["largest_difference"]) == {"made up", "made up, a frame missing", "real"}
+    assert card["sha256"] == hashlib.sha256(to.read_bytes()).hexdigest()
+    assert card["lead_times"] == [7.0]
+    assert [entry["shape"] for entry in card["outputs"]] == [[1, 1, 20, 10, 13]]
+    random = torch.Generator().manual_seed(9)
+    batch = export_model._real(rain_cube(str(cube)), model, (6, 2, 10, 13), card["lead_times"])
+    assert batch.radar.nan_to_num().max() > 7, "the wettest frame"
+    for gone, ages in (([], (10.0, 5.0, 0.0)), ([2], (10.0, 5.0, 0.0)), ([1, 2], (40.0, 35.0, 30.0))):
+        radar = torch.rand(batch.radar.shape, generator=random) * 9
+        radar[:, gone] = torch.nan
+        other = replace(batch, radar=radar, age=torch.tensor([ages]), motion=batch.motion + 0.3)
+        fields = {name: getattr(other, name) for name in ("radar", "age", "motion", "cell_size")}
+        torch.testing.assert_close(as_a_stranger(to, fields), model(other).probability, atol=1e-5, rtol=0)
+
+
+EVERYTHING = {
+    "satellite": [[250.0, 25.0]],
+    "satellite_frames": 2,
+    "static": [[300.0, 500.0]],
+    "position": True,
+    "surroundings": 2,
+}
+
+
+@pytest.mark.parametrize("arguments", [{"advection": False}, EVERYTHING], ids=["plain", "everything"])
+def test_a_graph_takes_what_its_network_sees_and_no_more(cube, arguments):
+    model = made(small(**arguments), cube)
+    batch = export_model._real(rain_cube(str(cube)), model, (0, 0, ROWS, COLUMNS), (5.0, 15.0))
+    graph = Graph(model, (5.0, 15.0), 40.0)
+    seen = {"satellite", "satellite_age", "static", "place", "init_time", "surroundings"}
+    assert seen.isdisjoint(graph.names) == ("satellite" not in arguments)
+    assert ("motion" in graph.names) == arguments.get("advection", True)
+    with torch.no_grad():
+        said = graph(*graph.inputs(batch))
+    torch.testing.assert_close(said, model(batch).probability, atol=1e-6, rtol=0)
+
+
+def test_a_graph_says_calibrated_probabilities_where_its_model_does(cube):
+    as_it_is = made(small(), cube)
+    edges = len(as_it_is.network.bins.edges)
+    calibration = Calibration((-2.0,) * edges, ((0.5, -0.3),) * edges, ((0.1, 0.1),) * edges, (5.0, 15.0))
+    model = replace(as_it_is, calibration=calibration)
+    batch = export_model._real(rain_cube(str(cube)), model, (0, 0, ROWS, COLUMNS), (5.0, 15.0))
+    graph = Graph(model, (5.0, 15.0), 40.0)
+    with torch.no_grad():
+        said = graph(*graph.inputs(batch))
+    torch.testing.assert_close(said, model(batch).probability, atol=1e-6, rtol=0)
+    assert (said - as_it_is(batch).probability).abs().max() > 0.01
+
+
+def test_lead_times_are_cut_as_the_network_cuts_them(cube, monkeypatch):
+    model = made(small(), cube)
+    monkeypatch.setattr("metnet.model.PIXELS_AT_ONCE", 1)
+    leads = (5.0, 15.0, 40.0)
+    batch = export_model._real(rain_cube(str(cube)), model, (0, 0, ROWS, COLUMNS), leads)
+    graph = Graph(model, leads, 10.0)
+    with torch.no_grad():
+        said = graph(*graph.inputs(batch))
+    torch.testing.assert_close(said, model(batch).probability, atol=1e-6, rtol=0)
+
+
+@needs_onnx
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_onnx_model_says_what_the_network_says(cube, tmp_path):
+    import onnxruntime
+
+    model, to = made(small(), cube), tmp_path / "model.onnx"
+    written(model, cube, to, size=[8, 8], lead_times=(5.0,))
+    card = json.loads(Path(f"{to}.json").read_text())
+    assert max(card["largest_difference"].values()) < 1e-5
+    session = onnxruntime.InferenceSession(to)
+    assert [entry.name for entry in session.get_inputs()] == [entry["name"] for entry in card["inputs"]]
+    assert [entry.shape for entry in session.get_outputs()] == [card["outputs"][0]["shape"]]
+
+
+def test_a_graph_that_says_something_else_leaves_nothing_behind(cube, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_model, "_write_pt2", lambda graph, inputs, to: to.write_bytes(b"x"))
+    monkeypatch.setattr(
+        export_model, "_opened", lambda path, names: lambda inputs: torch.zeros(1, 2, 20, ROWS, COLUMNS)
+    )
+    with pytest.raises(ValueError, match=r"on made up rain .* differs from the network by 0\.\d+, expected"):
+        written(made(small(), cube), cube, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_what_no_graph_can_be_written_for(cube, tmp_path):
+    model, to = made(small(), cube), tmp_path / "model.pt2"
+    with pytest.raises(ValueError, match=r"size=\[8, 18\]: .* within the 22 x 17"):
+        written(model, cube, to, size=[8, 18])
+    for leads in ((), (0.0,), (10.0, 5.0)):
+        with pytest.raises(ValueError, match="minutes that rise from above 0"):
+            written(model, cube, to, lead_times=leads)
+    planes = made(small(lead_time=LeadTimePlanes(5.0, 3)), cube)
+    with pytest.raises(ValueError, match="lead_time=input"):
+        written(planes, cube, to)
+    slow = TrainedModel(model.network, {**model.card, "cadence_minutes": [10.0]}, "")
+    with pytest.raises(ValueError, match="a frame every 5 min, the model learned from 10 min"):
+        written(slow, cube, to)
+
+
+def run_folder(cube, folder):
+    """As `metnet train` leaves it."""
+    arguments = {"frames": FRAMES, "channels": 8, "fine_channels": 4, "depth": 1}
+    weights = save({name: x.contiguous() for name, x in MetNet(**arguments).state_dict().items()})
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(weights)
+    card = dict(made(small(), cube).card) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    (folder / "model.json").write_text(
+        json.dumps(card | {"config": {"model": {"_target_": "metnet.model.MetNet"} | arguments}})
+    )
+    return folder
+
+
+def test_the_command_tells_a_network_from_data(cube, tmp_path, monkeypatch):
+    run = run_folder(cube, tmp_path / "run")
+    calls = []
+    monkeypatch.setattr(export_model, "write_graph", lambda *arguments: calls.append(arguments))
+    export(str(run), str(tmp_path / "model.pt2"), size=[8, 8])
+    [(model, to, opened, size, leads)] = calls
+    assert model.sha256 == trained(run).sha256
+    assert (to, opened.path, size, leads) == (tmp_path / "model.pt2", str(cube), [8, 8], (5.0, 15.0))
+    assert "6 frames of rainfall_rate" in str(export(str(cube), str(tmp_path / "radar.nc")))
+    for path, place in ((cube, "model.pt2"), (run, "model.nc")):
+        with pytest.raises(ValueError, match=r"the run folder of metnet train, and .*\.pt2 or .*\.onnx"):
+            export(str(path), str(tmp_path / place))
+    with pytest.raises(ValueError, match="something is there already"):
+        (tmp_path / "model.onnx").touch()
+        export(str(run), str(tmp_path / "model.onnx"))
+
+
+def test_it_names_the_packages_that_onnx_needs(cube, tmp_path, monkeypatch):
+    run = run_folder(cube, tmp_path / "run")
+    monkeypatch.setattr(export_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
+        export(str(run), str(tmp_path / "model.onnx"))
