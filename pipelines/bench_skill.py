@@ -38,7 +38,7 @@ from pipelines.samples import Span
 from pipelines.skill import Ratio, Skill
 from pipelines.sources.source import Source
 from pipelines.train import Trained
-from pipelines.trained import TrainedModel, trained, untrained
+from pipelines.trained import CARD, TrainedModel, trained, untrained
 
 THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability
 HEAVY = 5.0  # mm/h, of the fractions skill score
@@ -115,10 +115,18 @@ def bench_skill(
         config: the whole call; `config["training"]` goes into the card of each training.
 
     Raises:
-        ValueError: for an event that is not there, or that is too short to forecast.
+        ValueError: for a wrong argument, before any work; for an event that is not there, or that is too
+            short to forecast.
     """
     if not Path(data).is_dir():
         raise ValueError(f"data={data}: no such folder; give the one with the radar files")
+    for key, count in (("runs", runs), ("side", side), ("members", members), ("resamples", resamples)):
+        if count < 1:
+            raise ValueError(f"{key}={count}: expected at least 1")
+    if widened is not None and not (Path(widened) / CARD).is_file():
+        raise ValueError(
+            f"widened={widened}: no {CARD} there; expected the run folder of a finished training"
+        )
     folds = [fold.split("+") for fold in (leave_out or list(events))]
     unknown = sorted({name for fold in folds for name in fold} - set(events))
     if unknown:

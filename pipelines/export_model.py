@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
@@ -45,7 +45,6 @@ from pipelines.version import version
 GRAPHS = {".pt2": "a program of torch.export", ".onnx": "an ONNX model"}
 LONGEST_STEP = 5.0  # minutes of one step along a trajectory, as `metnet.advection.advect` takes them
 NEAR = 1e-4  # of a probability: how far what was written may be from the network
-SHAKEN = 2e-6  # share of the motion: more than runtimes differ by rounding, and less than anybody can know it
 LATE = 30.0  # minutes by which frames may come later than their cadence has it
 LOOKED_AT = 12  # frames of a cube, of which the wettest becomes the real sample
 OPSET = 20  # of ONNX: the first whose GridSample is the present one
@@ -329,7 +328,7 @@ def _opened(path: Path, names: Sequence[str]) -> Run:
 
 
 def _apart(made: TrainedModel, graph: Graph, written: Run, samples: Mapping[str, Batch]) -> dict[str, float]:
-    """The largest difference of a probability from the network's, on each sample, where that is sure.
+    """The largest difference of a probability from the network's, on each sample.
 
     Raises:
         ValueError: if it is more than `NEAR`.
@@ -338,31 +337,13 @@ def _apart(made: TrainedModel, graph: Graph, written: Run, samples: Mapping[str,
     for name, batch in samples.items():
         expected = made(batch).probability
         with torch.no_grad():
-            differs = (written(graph.inputs(batch)) - expected).abs().amax(dim=2)
-        apart[name] = differs.where(_sure(made, batch, expected), 0.0).max().item()
+            apart[name] = (written(graph.inputs(batch)) - expected).abs().max().item()
         if not apart[name] <= NEAR:
             raise ValueError(
                 f"on {name} rain the written graph differs from the network by {apart[name]:.2g}, "
                 f"expected at most {NEAR:g}; nothing was left behind: try the other kind of file"
             )
     return apart
-
-
-def _sure(
-    made: TrainedModel, batch: Batch, expected: Float[Tensor, "batch lead bin y x"]
-) -> Bool[Tensor, "batch lead y x"]:
-    """Where the network says the same of a motion that differs by as much as rounding.
-
-    The prior counts the cells that reach an edge between two classes. A carried rate that lies on one falls to
-    either side by the last bit of a number, and its neighbourhood with it, in any two runtimes.
-    """
-    if made.network.prior is None or batch.motion is None:
-        return torch.ones_like(expected[:, :, 0], dtype=torch.bool)
-    shaken = [
-        made(replace(batch, motion=batch.motion * factor)).probability for factor in (1 - SHAKEN, 1 + SHAKEN)
-    ]
-    differs = torch.stack([(said - expected).abs().amax(dim=2) for said in shaken]).amax(dim=0)
-    return differs <= NEAR
 
 
 def _window(cube: Observations, size: Sequence[int] | None) -> tuple[int, int, int, int]:

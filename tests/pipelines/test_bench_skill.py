@@ -118,3 +118,13 @@ def test_an_event_that_is_not_there_is_named(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         bench_skill(str(tmp_path / "x"), {"one": storms(1)}, str(tmp_path), recipe())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*((key, 0) for key in ("runs", "side", "members", "resamples")), ("widened", "nowhere")],
+)
+def test_a_wrong_argument_is_refused_before_any_training(tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"^{key}={value}: .*expected"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), **{key: value})
+    assert not (tmp_path / "out").exists()

@@ -87,10 +87,12 @@ def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_pa
     assert torch.equal(trained(tmp_path)(a_batch()).probability, expected)
 
 
-def test_training_lowers_the_loss(cube, tmp_path):
-    long = trained_on(cube, tmp_path / "long", steps=60, check_every=20)
+@pytest.mark.parametrize("advection", [False, True], ids=["plain", "prior"])
+def test_training_lowers_the_score_of_the_plain_network_and_of_the_fitted_prior(advection, cube, tmp_path):
+    model = {**MODEL, "advection": advection}
+    long = trained_on(cube, tmp_path / "long", steps=60, check_every=20, model=model)
     assert long.steps == 60
-    assert long.validation["val_crps"] < 0.9 * long.validation["val_crps_prior"]
+    assert long.validation["val_crps"] < 0.99 * long.validation["val_crps_prior"]
 
 
 def test_the_card_says_where_the_model_comes_from(cube, run):
@@ -169,11 +171,52 @@ def test_a_run_folder_of_another_call_names_only_what_differs(cube, run, monkeyp
         trained_on(cube, run, steps=6)
 
 
-@pytest.mark.parametrize("key", ["leads_per_step", "check_every"])
-def test_counts_below_one_are_refused(cube, tmp_path, key):
-    with pytest.raises(ValueError, match=f"{key}=0"):
-        trained_on(cube, tmp_path / "run", steps=1, **{key: 0})
+def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp_path):
+    place = tmp_path / "run" / "prior.safetensors"
+    with pytest.raises(ValueError, match="max_steps"):
+        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
+    first = place.read_bytes()
+    with pytest.raises(ValueError, match="max_steps"):
+        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
+    assert place.read_bytes() == first
+    with pytest.raises(ValueError, match="max_steps"):
+        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=9)
+    assert place.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 0) for key in ("leads_per_step", "check_every", "batch_size")),
+        *((key, -1) for key in ("crop", "workers", "validation_samples", "prior_steps", "seed")),
+        *(("learning_rate", rate) for rate in (0.0, -1.0, float("nan"), float("inf"))),
+        *(("importance", steps) for steps in ([[5]], [[5, 2, 3]], [[5, 2], [5, 3]])),
+        ("start", "2030-01-01"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name_before_any_work(cube, tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"^{key}=.*: (expected|nothing of)"):
+        trained_on(cube, tmp_path / "run", steps=1, **{key: value})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("precision", name) for name in ("16-true", "bf16-true", "64-true")),
+        *(("accumulate_grad_batches", count) for count in (0, -2)),
+        *(("gradient_clip_val", norm) for norm in (-1.0, float("nan"))),
+    ],
+)
+def test_what_lightning_would_take_and_get_wrong_is_refused(cube, tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"^trainer\.{key}={value}: expected"):
+        trained_on(cube, tmp_path / "run", steps=1, trainer={key: value})
+
+
+def test_a_file_is_no_run_folder(cube, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match=r"run=.*: is a file; expected a folder"):
+        trained_on(cube, tmp_path / "run", steps=1)
 
 
 def test_ctrl_c_is_ctrl_c_and_not_an_exit_without_a_word(cube, tmp_path, monkeypatch):
