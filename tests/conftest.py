@@ -1,12 +1,14 @@
 """Fixtures that every room shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 import cli  # noqa: F401  (sets how OpenMP waits, before torch is loaded)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are small: more threads only wait
 
 ROOT = Path(__file__).parent.parent
