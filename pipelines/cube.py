@@ -367,7 +367,7 @@ def check_place(path: str, root: zarr.Group, grid: Grid) -> None:
     """Refuses a new group in a store of forecasts, or beside groups on another grid."""
     if "content" in root.attrs:
         raise ValueError(f"{path}: holds forecasts, not a cube; give another path")
-    for name, other in root.groups():
+    for name, other in sorted(root.groups(), key=lambda group: group[0]):
         expected = read_grid(other)
         if expected != grid:
             raise ValueError(
