@@ -157,7 +157,7 @@ def metnet(size: Size, planes: bool) -> tuple[MetNet, Batch]:
         lead_time=minutes(),
         cell_size=torch.full((1,), 1000.0),
         satellite=torch.randn(1, frames, IMAGE, side, side),
-        satellite_age=age,
+        satellite_age=age[..., None],
     )
     return network.eval(), batch
 

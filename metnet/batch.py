@@ -24,10 +24,11 @@ class Batch:
     motion: Float[Tensor, "batch 2 y x"] | None = None  # cells a minute, to the east and to the south
     target: Float[Tensor, "batch lead y x"] | None = None  # mm/h at init_time + lead_time
     static: Float[Tensor, "batch field y x"] | None = None  # elevation (m), share of land, ...
-    satellite: Float[Tensor, "batch image band y x"] | None = None  # K, reflectance, ...; oldest first
-    satellite_age: Float[Tensor, "batch image"] | None = (
-        None  # minutes before init_time, falling, not below 0
-    )
+    # satellite channels (K, reflectance, ...) and other radars (mm/h), each a band, oldest image first; one
+    # with a cadence of its own may have fewer images than another: its first ones are then not observed
+    satellite: Float[Tensor, "batch image band y x"] | None = None
+    # minutes before init_time, falling, not below 0: of one source that has all bands, or of each band
+    satellite_age: Float[Tensor, "batch image source"] | None = None
     place: Float[Tensor, "batch 2 y x"] | None = None  # longitude and latitude of each cell, degrees
     # mm/h at the times of `radar`, centred on the grid: means over as many cells as the network says
     surroundings: Float[Tensor, "batch time wide_y wide_x"] | None = None

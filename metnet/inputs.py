@@ -10,21 +10,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet.batch import Batch
-from metnet.scaling import FieldScaling, RainScaling
+from metnet.scaling import FieldScaling, RainScaling, Unit
 from metnet.sun import calendar, solar_elevation_sine
 
 
 class Inputs(nn.Module):
-    """Radar always; satellite images, static fields, place and time of day where they are asked for.
+    """Radar always; satellites, other radars, static fields, place and time of day where they are asked for.
 
-    Radar and satellite have frames of their own cadence, the newest last: the shorter series gets frames that
-    are not observed in front, and then the two stand side by side (as in MetNet-2, arXiv 2111.07470). The
-    ages say what lies how far back. Nothing that leaves is NaN.
+    Each source has frames of its own cadence, the newest last: a shorter series gets frames that are not
+    observed in front, and then all stand side by side (as in MetNet-2, arXiv 2111.07470). The ages say what
+    lies how far back. Nothing that leaves is NaN.
 
     Args:
         frames: radar frames, the one at init_time included.
-        satellite: centre and spread of each channel of the satellite, in its unit.
-        satellite_frames: images of the satellite.
+        satellite: centre and spread of each satellite channel, in its unit; "rain" for another radar's mm/h.
+        satellite_frames: images of each of these. A number: they are one source, with one cadence and one
+            channel of ages; a number for each: each is a source by itself, and has ages of its own.
         static: centre and spread of each static field, in its unit.
         position: longitude, latitude, the sun's height, the hour of the day and the day of the year.
     """
@@ -32,27 +33,25 @@ class Inputs(nn.Module):
     def __init__(
         self,
         frames: int,
-        satellite: Sequence[Sequence[float | int]] = (),
-        satellite_frames: int = 1,
+        satellite: Sequence[Unit] = (),
+        satellite_frames: int | Sequence[int] = 1,
         static: Sequence[Sequence[float | int]] = (),
         position: bool = False,
     ):
         super().__init__()
-        if satellite_frames < 1:
-            raise ValueError(f"satellite_frames={satellite_frames}: expected at least 1")
         self.rain = RainScaling()
         self.satellite = FieldScaling(satellite) if satellite else None
         self.static = FieldScaling(static) if static else None
         self.place = PlaceAndTime() if position else None
         self.frames = frames
-        self.images = satellite_frames if satellite else 0
-        self.image_channels = self.satellite.channels + 1 if self.satellite else 0
+        self.images = _images(satellite_frames, len(satellite))  # of each source
+        self.image_channels = self.satellite.channels + len(self.images) if self.satellite else 0
         self.still_channels = sum(part.channels for part in (self.static, self.place) if part is not None)
 
     @property
     def time(self) -> int:
         """How many frames the longest series has."""
-        return max(self.frames, self.images)
+        return max((self.frames, *self.images))
 
     @property
     def channels(self) -> int:
@@ -62,7 +61,7 @@ class Inputs(nn.Module):
     @property
     def stacked_channels(self) -> int:
         """Channels of all frames on top of each other."""
-        moving = self.frames * self.rain.channels + self.images * self.image_channels
+        moving = self.frames * self.rain.channels + max(self.images, default=0) * self.image_channels
         return moving + self.still_channels
 
     def forward(
@@ -79,7 +78,9 @@ class Inputs(nn.Module):
         if self.satellite is not None:
             assert batch.satellite is not None and batch.satellite_age is not None
             rows, columns = batch.radar.shape[2:]
-            hours = repeat(batch.satellite_age / 60, "batch t -> batch t 1 y x", y=rows, x=columns)
+            hours = repeat(
+                batch.satellite_age / 60, "batch t source -> batch t source y x", y=rows, x=columns
+            )
             moving.append(torch.cat([self.satellite(batch.satellite), hours], dim=2))
         if self.static is not None:
             assert batch.static is not None
@@ -102,8 +103,9 @@ class Inputs(nn.Module):
         if batch.radar.shape[1] != self.frames:
             raise ValueError(f"the batch has {batch.radar.shape[1]} frames: expected frames={self.frames}")
         if self.satellite is not None:
-            expect(batch.satellite, "satellite", (self.images, self.satellite.channels // 2, *size))
-            expect(batch.satellite_age, "satellite_age", (self.images,))
+            longest = max(self.images)
+            expect(batch.satellite, "satellite", (longest, self.satellite.channels // 2, *size))
+            expect(batch.satellite_age, "satellite_age", (longest, len(self.images)))
         if self.static is not None:
             expect(batch.static, "static", (self.static.channels // 2, *size))
         if self.place is not None:
@@ -117,6 +119,21 @@ class Inputs(nn.Module):
         if self.static is not None:
             sources["static"] = self.static.card()
         return sources
+
+
+def _images(frames: int | Sequence[int], channels: int) -> tuple[int, ...]:
+    """How many of each source: of all channels together, or of each.
+
+    Raises:
+        ValueError: if that leaves one without, or there are other channels.
+    """
+    images, sources = ((frames,), 1) if isinstance(frames, int) else (tuple(frames), channels)
+    if len(images) != sources or any(count < 1 for count in images):
+        raise ValueError(
+            f"satellite_frames={frames}: expected at least 1 for all {channels} in satellite, or a list of a "
+            "number for each, which then has a cadence of its own"
+        )
+    return images if channels else ()
 
 
 class PlaceAndTime(nn.Module):

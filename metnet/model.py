@@ -6,7 +6,7 @@ lead times then go through the rest as one batch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ from metnet.downsampler import Downsampler
 from metnet.head import Categorical, Head, Link, climatology, spelt
 from metnet.inputs import Inputs
 from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
+from metnet.local import Local, describe, pace
 from metnet.prior import SIDES, AdvectionPrior, Pixels, neighbourhoods, pixels
 from metnet.rain import BinnedForecast, RainBins
-from metnet.scaling import RainScaling
+from metnet.scaling import RainScaling, Unit
 from metnet.surroundings import Surroundings
 
 PIXELS_AT_ONCE = 2**19  # of all lead times together at full resolution; bounds the memory of a forecast
@@ -52,11 +53,14 @@ class MetNet(nn.Module):
         head: how the distribution over the classes is spelt, `Categorical` or `Ordinal`.
         lead_time: planes at the input, for which the past is encoded anew for each lead time (MetNet); by
             default every block is told by FiLM, and the past is encoded once (MetNet-2).
-        satellite: centre and spread of each satellite channel it sees, in its unit; none by default.
-        satellite_frames: how many satellite images it sees, at their own cadence.
+        satellite: centre and spread of each satellite channel it sees, in its unit, or "rain" for another
+            radar's; none by default.
+        satellite_frames: how many images of each it sees. A number: all have one cadence, beside the radar's;
+            a list of a number for each: each has a cadence and ages of its own.
         static: centre and spread of each static field it sees, in the field's unit; none by default.
         position: see place, sun and calendar, which needs `Batch.place`.
         surroundings: side in cells of the means in `Batch.surroundings`; 1: see no further than the grid.
+        local: width of what is learned pixel by pixel beside the prior; 0: nothing.
     """
 
     def __init__(
@@ -73,17 +77,19 @@ class MetNet(nn.Module):
         trunk: Callable[[int], nn.Module] | None = None,
         head: Link = CATEGORICAL,
         lead_time: LeadTimePlanes | None = None,
-        satellite: Sequence[Sequence[float | int]] = (),
-        satellite_frames: int = 3,
+        satellite: Sequence[Unit] = (),
+        satellite_frames: int | Sequence[int] = 3,
         static: Sequence[Sequence[float | int]] = (),
         position: bool = False,
         surroundings: int = 1,
+        local: int = 48,
     ):
         super().__init__()
-        if frames < 1 or depth < 0 or channels < 1 or surroundings < 1:
+        if frames < 1 or depth < 0 or channels < 1 or surroundings < 1 or local < 0:
             raise ValueError(
-                f"frames={frames}, depth={depth}, channels={channels}, surroundings={surroundings}: expected "
-                "at least 1 frame, no fewer than 0 blocks, at least 1 channel and means over at least 1 cell"
+                f"frames={frames}, depth={depth}, channels={channels}, surroundings={surroundings}, "
+                f"local={local}: expected at least 1 frame, no fewer than 0 blocks, at least 1 channel, "
+                "means over at least 1 cell and no width below 0"
             )
         self._frames = frames
         self.bins = RainBins.preferred() if bins is None else bins
@@ -106,6 +112,8 @@ class MetNet(nn.Module):
         self.prior = AdvectionPrior(self.bins, usual) if advection else None
         self.stream = Stream(min(frames, CARRIED), fine_channels) if advection else None
         numbers = head.count(len(self.bins))
+        told_of = min(frames, CARRIED)
+        self.local = Local(self.bins, told_of, local, numbers) if advection and local else None
         self.head = Head(channels, fine_channels, told, numbers, None if advection else spelt(head, usual))
         self.surroundings = (
             Surroundings(surroundings, channels, attention, grid) if surroundings > 1 else None
@@ -144,14 +152,16 @@ class MetNet(nn.Module):
             raise ValueError("a prior is fitted on a batch with a motion and a target; this one lacks one")
         whole = batch.filled_up(self.downsampler.factor)
         assert whole.motion is not None
-        frames, ages = _to_carry(whole.radar, whole.age)
-        carried, frame = _newest(_carried(frames, ages, whole.motion, whole.lead_time))
+        rain = self._moving(whole)
+        carried = rain.carried(whole.lead_time)
+        newest, frame = _newest(carried)
+        told = None if self.local is None else _told(rain, carried, newest, frame, whole.lead_time)
         down, right = (
-            full - part for full, part in zip(carried.shape[2:], batch.target.shape[2:], strict=True)
+            full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
         )
         target = F.pad(batch.target, (0, right, 0, down), value=torch.nan)
         place = (whole.lead_time, whole.cell_size)
-        return pixels(self.bins, carried, *place, target, count, generator, ages, frame)
+        return pixels(self.bins, newest, *place, target, count, generator, rain.age, frame, told)
 
     def encode(self, batch: Batch) -> "Past":
         """The past, which no lead time changes: its memory, and what is seen at full resolution.
@@ -171,8 +181,7 @@ class MetNet(nn.Module):
         wide = None if self.surroundings is None else self.surroundings(batch)
         sharp = self.surface(stacked.contiguous(memory_format=torch.channels_last))
         seen = frames if coarse is None else None
-        radar, age = _to_carry(whole.radar, whole.age)
-        return Past(seen, coarse, wide, sharp, radar, age, whole.motion, whole.cell_size)
+        return Past(seen, coarse, wide, sharp, None if self.prior is None else self._moving(whole))
 
     def remember(
         self, frames: Float[Tensor, "sample time channel Y X"]
@@ -192,13 +201,24 @@ class MetNet(nn.Module):
         for block in self.blocks:
             field = block(field, told)
         fine = repeat(past.fine, "batch c y x -> (batch lead) c y x", lead=lead)
-        if self.prior is None or self.stream is None:
+        if self.prior is None or self.stream is None or past.rain is None:
             return self.link.logits(self._numbers(field, fine, told, lead))
-        carried = past.carried(lead_time)
+        carried = past.rain.carried(lead_time)
         newest, frame = _newest(carried)
         numbers = self._numbers(field, fine + self.stream(carried, newest), told, lead)
-        prior = self.link.numbers(self.prior(newest, lead_time, past.cell_size, past.age, frame))
-        return self.link.logits(prior + numbers)
+        said = self.prior(newest, lead_time, past.rain.cell_size, past.rain.age, frame)
+        if self.local is not None:
+            known = _told(past.rain, carried, newest, frame, lead_time)
+            added = self.local(known, said.flatten(0, 1))
+            numbers = numbers + rearrange(
+                added, "(batch lead) number y x -> batch lead number y x", lead=lead
+            )
+        return self.link.logits(self.link.numbers(said) + numbers)
+
+    def _moving(self, whole: Batch) -> "Moving":
+        """The frames that are carried, of a batch with a motion."""
+        assert whole.motion is not None
+        return Moving(*_to_carry(whole.radar, whole.age), whole.motion, whole.cell_size)
 
     def _coarse(
         self, past: "Past", lead_time: Float[Tensor, "lead"]
@@ -231,14 +251,25 @@ class Past:
     coarse: Float[Tensor, "batch channel rows columns"] | None  # and where they are not, their memory
     wide: Float[Tensor, "batch channel rows columns"] | None  # what the surroundings say
     fine: Float[Tensor, "batch fine Y X"]
-    radar: Float[Tensor, "batch frame Y X"]  # mm/h, the frames that are carried, the newest first
-    age: Float[Tensor, "batch frame"]  # minutes, of these
-    motion: Float[Tensor, "batch 2 Y X"] | None  # cells per minute
+    rain: "Moving | None"  # where it is carried along its motion
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The newest frames, the newest first, and their motion."""
+
+    radar: Float[Tensor, "batch frame Y X"]  # mm/h
+    age: Float[Tensor, "batch frame"]  # minutes
+    motion: Float[Tensor, "batch 2 Y X"]  # cells per minute
     cell_size: Float[Tensor, "batch"]  # metres
 
+    @cached_property
+    def paces(self) -> Float[Tensor, "batch 2 Y X"]:
+        """How fast the rain changes, the same for all lead times."""
+        return pace(self.carried(torch.zeros(1).to(self.age))[:, :, 0])
+
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
-        """The newest frames, the newest first, carried along the motion to each lead time (mm/h)."""
-        assert self.motion is not None
+        """The frames carried along the motion to each lead time (mm/h)."""
         return _carried(self.radar, self.age, self.motion, lead_time)
 
 
@@ -280,6 +311,20 @@ def _newest(
         value = torch.where(filled, older, value)
         frame.masked_fill_(filled, index)
     return value, frame
+
+
+def _told(
+    rain: Moving,
+    carried: Float[Tensor, "batch frame lead Y X"],
+    newest: Float[Tensor, "batch lead Y X"],
+    frame: UInt8[Tensor, "batch lead Y X"],
+    lead_time: Float[Tensor, "lead"],
+) -> Float[Tensor, "sample feature Y X"]:
+    """What is known around each pixel; `newest` and `frame` as `_newest` tells them."""
+    filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
+    each = torch.arange(len(newest), device=newest.device)[:, None, None, None]
+    ahead = lead_time[:, None, None] + rain.age[each, frame.long()]
+    return describe(filled, ahead, rain.age, rain.cell_size, rain.motion, rain.paces)
 
 
 class Stream(nn.Module):

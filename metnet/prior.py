@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from metnet.rain import RainBins
+from metnet.scaling import scaled_rain
 
 FINE = (1, 5)  # sides of neighbourhoods in cells
 COARSE = (3, 7, 15)  # sides in blocks of 4 x 4 cells
@@ -101,7 +102,7 @@ class AdvectionPrior(nn.Module):
         Raises:
             ValueError: if there are no pixels.
         """
-        count = len(pixels.fell)
+        count = len(pixels)
         if not count:
             raise ValueError("no observed pixel to fit the prior on")
         generator = torch.Generator().manual_seed(seed)
@@ -139,6 +140,11 @@ class Pixels:
     lead_time: Float[Tensor, "pixel"]  # minutes that the value was carried: lead time and age of its frame
     cell_size: Float[Tensor, "pixel"]  # metres
     fell: Int[Tensor, "pixel"]  # the class that was observed
+    told: Float[Tensor, "pixel feature"]  # what else is known there
+
+    def __len__(self) -> int:
+        """How many pixels."""
+        return len(self.fell)
 
     def some(self, places: Int[Tensor, "n"]) -> "Pixels":
         """The pixels at these places."""
@@ -161,10 +167,12 @@ def pixels(
     generator: torch.Generator,
     age: Float[Tensor, "batch frame"] | None = None,
     frame: UInt8[Tensor, "batch lead Y X"] | None = None,
+    told: Float[Tensor, "sample feature Y X"] | None = None,
 ) -> Pixels:
     """Some of the observed pixels of a target, `count` of each sample and lead time, drawn with repetition.
 
-    `age` and `frame` are those of `AdvectionPrior.forward`. The sides of the grid must be multiples of 4.
+    `age` and `frame` are those of `AdvectionPrior.forward`, `told` is what else is known there. The sides of
+    the grid must be multiples of 4.
     """
     if age is None or frame is None:
         age, frame = cell_size.new_zeros(len(carried), 1), torch.zeros_like(carried, dtype=torch.uint8)
@@ -175,17 +183,21 @@ def pixels(
     sizes = cell_size.repeat_interleave(len(lead_time))
     old = age[torch.arange(len(age))[:, None, None], frame.flatten(2).long()]
     minutes = (old + lead_time[:, None]).flatten(0, 1)
+    known = fell.new_zeros(*fell.shape, 0, dtype=near.dtype) if told is None else told.flatten(2).mT
     parts = []
     for sample, observed in enumerate(fell):
         there = torch.nonzero(observed >= 0)[:, 0]
         if len(there):
             some = there[torch.randint(0, len(there), (count,), generator=generator)]
             around = near[sample, some]
-            told = (minutes[sample, some], sizes[sample].expand(count))
-            parts.append(Pixels(around[..., :-1], around[..., -1], *told, observed[some]))
+            place = (minutes[sample, some], sizes[sample].expand(count))
+            parts.append(
+                Pixels(around[..., :-1], around[..., -1], *place, observed[some], known[sample, some])
+            )
     if not parts:
         empty = torch.zeros(0, len(SIDES), len(bins)), torch.zeros(0, len(SIDES))
-        return Pixels(*empty, torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        none = torch.zeros(0, dtype=torch.int64)
+        return Pixels(*empty, torch.zeros(0), torch.zeros(0), none, known[0, :0])
     return Pixels.joined(parts)
 
 
@@ -293,8 +305,11 @@ def neighbourhoods(
 ) -> Float[Tensor, "n channel Y X"]:
     """What a network is shown of a carried field: scaled rate and observed share, for every neighbourhood."""
     seen = (~carried.isnan()).to(carried.dtype)[:, None]
-    value = torch.tanh(torch.log1p(carried.nan_to_num(nan=0.0).clamp(min=0)) / 4)[:, None]
-    both = torch.cat([value, seen], dim=1)
-    blocks = F.avg_pool2d(both, BLOCK)
-    wide = _risen(torch.cat([_mean(blocks, side) for side in COARSE], dim=1))
-    return torch.cat([*(_mean(both, side) for side in FINE), wide], dim=1)
+    return torch.cat(means(torch.cat([scaled_rain(carried)[:, None], seen], dim=1)), dim=1)
+
+
+def means(fields: Float[Tensor, "n channel Y X"]) -> list[Float[Tensor, "n channel Y X"]]:
+    """The mean of each field over every neighbourhood, where cells outside the grid count as 0."""
+    blocks = F.avg_pool2d(fields, BLOCK)
+    wide = [_risen(_mean(blocks, side)) for side in COARSE]
+    return [*(_mean(fields, side) for side in FINE), *wide]

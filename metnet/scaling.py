@@ -7,6 +7,10 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+RAIN = "rain"  # in place of centre and spread: a channel of mm/h, scaled as the radar is
+RAIN_VALUE = "tanh(log(rate + 1) / 4), rate in mm/h, 0 where not observed"
+Unit = Sequence[float | int] | str  # of a channel: its centre and its spread, or RAIN
+
 
 class RainScaling(nn.Module):
     """Three channels per frame: value `tanh(log(rate + 1) / 4)`, mask (1 observed, 0 not), age in hours.
@@ -22,14 +26,14 @@ class RainScaling(nn.Module):
     ) -> Float[Tensor, "batch time channel y x"]:
         """Scales rates (mm/h, NaN is "not observed") that are `age` minutes old."""
         observed = ~radar.isnan()
-        value = torch.tanh(torch.log1p(radar.nan_to_num(nan=0.0).clamp(min=0)) / 4)
+        value = scaled_rain(radar)
         hours = repeat(age / 60, "batch time -> batch time y x", y=radar.shape[2], x=radar.shape[3])
         return torch.stack([value, observed.to(value), hours], dim=2)
 
     def card(self) -> dict[str, str]:
         """What a model file says of the scaling, channel by channel."""
         return {
-            "value": "tanh(log(rate + 1) / 4), rate in mm/h, 0 where not observed",
+            "value": RAIN_VALUE,
             "mask": "1 where observed, 0 where not",
             "age": "hours before init_time",
         }
@@ -47,22 +51,23 @@ class FieldScaling(nn.Module):
     """Two channels for each channel: value `(x - centre) / spread`, mask (1 observed, 0 not).
 
     Centre and spread (median and interquartile range, say) are in the channel's own unit, and are kept with
-    the weights. What is not observed has value 0 and mask 0.
+    the weights. Rain is valued as by `RainScaling`. What is not observed has value 0 and mask 0.
 
     Args:
-        units: centre and spread of each channel.
+        units: centre and spread of each channel, or "rain".
     """
 
     centre: Tensor
     spread: Tensor
+    is_rain: Tensor
 
-    def __init__(self, units: Sequence[Sequence[float | int]]):
+    def __init__(self, units: Sequence[Unit]):
         super().__init__()
-        pairs = [tuple(float(number) for number in unit) for unit in units]
-        if any(len(pair) != 2 or not pair[1] > 0 for pair in pairs):
-            raise ValueError(f"units={pairs}: expected for each channel its centre and its spread above 0")
+        pairs = [_centre_and_spread(unit) for unit in units]
+        self.rain = tuple(unit == RAIN for unit in units)
         self.register_buffer("centre", torch.tensor([pair[0] for pair in pairs]))
         self.register_buffer("spread", torch.tensor([pair[1] for pair in pairs]))
+        self.register_buffer("is_rain", torch.tensor(self.rain), persistent=False)
         self.channels = 2 * len(pairs)  # values, then masks
 
     def forward(self, x: Float[Tensor, "*batch channel y x"]) -> Float[Tensor, "*batch both y x"]:
@@ -70,9 +75,29 @@ class FieldScaling(nn.Module):
         observed = ~x.isnan()
         value = (x - self.centre[:, None, None]) / self.spread[:, None, None]
         value = value.nan_to_num(nan=0.0).clamp(-FARTHEST, FARTHEST)
+        if any(self.rain):
+            value = torch.where(self.is_rain[:, None, None], scaled_rain(x), value)
         return torch.cat([value, observed.to(value)], dim=-3)
 
-    def card(self) -> list[dict[str, float]]:
+    def card(self) -> list[dict[str, float | str]]:
         """What a model file says of the scaling, channel by channel."""
-        pairs = zip(self.centre.tolist(), self.spread.tolist(), strict=True)
-        return [{"centre": centre, "spread": spread} for centre, spread in pairs]
+        units = zip(self.rain, self.centre.tolist(), self.spread.tolist(), strict=True)
+        return [
+            {"value": RAIN_VALUE} if rain else {"centre": centre, "spread": spread}
+            for rain, centre, spread in units
+        ]
+
+
+def _centre_and_spread(unit: Unit) -> tuple[float, float]:
+    """Of a channel; those of rain, which has none, are never looked at."""
+    pair = (0.0, 1.0) if unit == RAIN else unit
+    if isinstance(pair, str) or len(pair) != 2 or not pair[1] > 0:
+        raise ValueError(
+            f"the unit of a channel is {unit}: expected its centre and its spread above 0, or the word {RAIN}"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def scaled_rain(rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The value of rain in mm/h as networks see it; 0 where it was not observed."""
+    return torch.tanh(torch.log1p(rate.nan_to_num(nan=0.0).clamp(min=0)) / 4)

@@ -27,6 +27,7 @@ from metnet.scores.csi import Csi
 from metnet.scores.fss import Fss
 from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
+from pipelines import destination
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.steps import Steps
 from pipelines.ingest import ingest
@@ -123,6 +124,7 @@ def bench_skill(
     for key, count in (("runs", runs), ("side", side), ("members", members), ("resamples", resamples)):
         if count < 1:
             raise ValueError(f"{key}={count}: expected at least 1")
+    folder = destination.folder("out", out)
     if widened is not None and not (Path(widened) / CARD).is_file():
         raise ValueError(
             f"widened={widened}: no {CARD} there; expected the run folder of a finished training"
@@ -131,7 +133,6 @@ def bench_skill(
     unknown = sorted({name for fold in folds for name in fold} - set(events))
     if unknown:
         raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
-    folder = Path(out)
     cubes = {name: _cube(source, folder / "cubes" / name) for name, source in events.items()}
     recipe = dict((config or {}).get("training", {}))
     measured = []

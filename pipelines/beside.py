@@ -15,6 +15,7 @@ from torch import Tensor
 from metnet.metnet1 import MetNet1
 from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
+from pipelines.cf import RAINFALL_RATE
 from pipelines.cube import Cube, groups
 from pipelines.grid import Grid
 from pipelines.observations import Observations
@@ -30,8 +31,8 @@ Window = tuple[int, int, int, int]  # first row, first column, rows, columns
 class Seen:
     """How much of each source a network was made to see."""
 
-    channels: int = 0  # of the satellite
-    images: int = 0  # of each channel
+    rain: tuple[bool, ...] = ()  # of each satellite channel, whether it is another radar's rain
+    images: tuple[int, ...] = ()  # of each source: of all channels, if they are one, or of each by itself
     fields: int = 0  # that never change
     place: bool = False
     surroundings: int = 1  # cells along a side of a mean
@@ -48,7 +49,7 @@ def seen(network: object) -> Seen:
 def _(network: MetNet) -> Seen:
     inputs = network.scaling
     return Seen(
-        channels=0 if inputs.satellite is None else inputs.satellite.channels // 2,
+        rain=() if inputs.satellite is None else inputs.satellite.rain,
         images=inputs.images,
         fields=0 if inputs.static is None else inputs.static.channels // 2,
         place=inputs.place is not None,
@@ -59,12 +60,12 @@ def _(network: MetNet) -> Seen:
 
 @seen.register
 def _(network: MetNet1) -> Seen:
-    return Seen(network.satellite.channels // 2, network.frames, fields=1, place=True)
+    return Seen(network.satellite.rain, (network.frames,), fields=1, place=True)
 
 
 @seen.register
 def _(network: MetNet2) -> Seen:
-    return Seen(network.satellite.channels // 2, network.images, fields=1, place=True)
+    return Seen(network.satellite.rain, (network.images,), fields=1, place=True)
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,38 @@ class Beside:
     """What stands beside the radar frames of a batch.
 
     Args:
-        satellite: groups of the cube, one for each channel of the network, in its order; all of one cadence.
-        images: how many images of each.
+        satellite: groups of the cube, one for each channel of the network, in its order: satellite channels,
+            other radars.
+        images: how many images of each source: one number where all groups are one source, of one cadence; a
+            number for each group where each is a source by itself.
         static: fields of the group "static", in the network's order.
         place: longitude and latitude of each cell.
         surroundings: side in cells of the means that the wide surroundings are made of; 1: no surroundings.
         reach: how many times as wide and high as the sample the surroundings are.
         motion: the motion of the rain, in samples; for a forecast, the forecaster works it out.
+        rain: those of `satellite` that hold rain, in mm/h.
     """
 
     satellite: Sequence[str] = ()
-    images: int = 0
+    images: Sequence[int] = ()
     static: Sequence[str] = ()
     place: bool = False
     surroundings: int = 1
     reach: float = 2.0
     motion: bool = True
+    rain: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Refuses surroundings that do not surround.
+        """Refuses surroundings that do not surround, and images of what is not named.
 
         Raises:
             ValueError: saying so.
         """
+        if len(self.images) not in {min(1, len(self.satellite)), len(self.satellite)}:
+            raise ValueError(
+                f"images={list(self.images)}: expected one number for all of {list(self.satellite)}, or a "
+                "number for each"
+            )
         if self.surroundings < 1 or not 1 <= self.reach < math.inf:
             raise ValueError(
                 f"surroundings={self.surroundings}, reach={self.reach}: expected means over at least 1 cell, "
@@ -112,7 +122,7 @@ class Beside:
         """
         wanted = seen(network)
         for key, names, count, kind in (
-            ("satellite", satellite, wanted.channels, "groups of the cube, one a channel"),
+            ("satellite", satellite, len(wanted.rain), "groups of the cube, one a channel"),
             ("static", static, wanted.fields, "fields of the cube's group static"),
         ):
             if len(names) != count:
@@ -128,7 +138,14 @@ class Beside:
             wanted.surroundings,
             reach,
             wanted.motion,
+            tuple(name for name, is_rain in zip(satellite, wanted.rain, strict=True) if is_rain),
         )
+
+    @property
+    def sources(self) -> list[range]:
+        """Which of the groups make each source, as their numbers."""
+        bands = range(len(self.satellite))
+        return [bands] if len(self.images) == 1 else [bands[band : band + 1] for band in bands]
 
 
 class Sides:
@@ -147,41 +164,65 @@ class Sides:
         has = {*self._satellite, *self._static}
         return [name for name in (*self.beside.satellite, *self.beside.static) if name not in has]
 
-    def read(self, init_time: datetime, frames: int, window: Window) -> dict[str, Tensor]:
+    @property
+    def back(self) -> int:
+        """Steps of the radar's time axis before an init time, within which all frames of other radars lie."""
+        reaches = [
+            count * group.cadence
+            for bands, count in zip(self.beside.sources, self.beside.images, strict=True)
+            for band in bands
+            if (group := self._satellite.get(self.beside.satellite[band]))
+            and group.variable.name == RAINFALL_RATE.name
+        ]
+        return math.ceil(max(reaches, default=timedelta(0)) / self.cube.cadence)
+
+    def read(
+        self,
+        init_time: datetime,
+        frames: int,
+        window: Window,
+        radar_age: timedelta = timedelta(0),
+        stalest: timedelta = timedelta(0),
+    ) -> dict[str, Tensor]:
         """The parts of a `Batch` of one sample, by name; a source that the cube does not have is NaN.
 
         Args:
             init_time: the newest that may be known.
             frames: how many radar frames there are; those of the surroundings are as many.
             window: of the cube's grid.
+            radar_age: of the newest radar frame.
+            stalest: how much older than it could be the newest image of a source may be, to stand last with
+                its true age; where there is none so new, images that are not observed stand there.
         """
         parts: dict[str, Fields] = {}
         if self.beside.satellite:
-            parts["satellite"], parts["satellite_age"] = self._images(init_time, window)
+            parts["satellite"], parts["satellite_age"] = self._images(init_time, window, stalest)
         if self.beside.static:
             parts["static"] = np.stack([self._field(name, window) for name in self.beside.static])
         if self.beside.place:
             y, x, rows, columns = window
             parts["place"] = _lonlat(self.cube.grid)[:, y : y + rows, x : x + columns]
         if self.beside.surroundings > 1:
-            parts["surroundings"] = self._surroundings(init_time, frames, window)
+            parts["surroundings"] = self._surroundings(init_time - radar_age, frames, window)
         return {name: torch.from_numpy(np.array(part))[None] for name, part in parts.items()}
 
-    def _images(self, init_time: datetime, window: Window) -> tuple[Fields, Fields]:
-        """The newest images (image, band, y, x) that there can be at a time, and their ages in minutes."""
-        count, shape = self.beside.images, (self.beside.images, *window[2:])
-        one = next(iter(self._satellite.values()), self.cube)
-        start, cadence = one.times[0], one.cadence
-        newest = start + (init_time - start) // cadence * cadence
-        bands = [
-            self._satellite[name].block(newest - (count - 1) * cadence, count, window)
-            if name in self._satellite
-            else np.full(shape, np.nan, np.float32)
-            for name in self.beside.satellite
-        ]
-        back = [init_time - newest + step * cadence for step in range(count - 1, -1, -1)]
-        ages = np.array([time / timedelta(minutes=1) for time in back], np.float32)
-        return np.stack(bands, axis=1), ages
+    def _images(self, init_time: datetime, window: Window, stalest: timedelta) -> tuple[Fields, Fields]:
+        """The newest images (image, band, y, x) at a time, and their ages (image, source) in minutes.
+
+        A source with fewer images than another begins with images that are not observed.
+        """
+        names, longest = self.beside.satellite, max(self.beside.images)
+        images = np.full((longest, len(names), *window[2:]), np.nan, np.float32)
+        ages = np.empty((longest, len(self.beside.images)), np.float32)
+        for source, (bands, count) in enumerate(zip(self.beside.sources, self.beside.images, strict=True)):
+            there = {band: self._satellite[names[band]] for band in bands if names[band] in self._satellite}
+            of_one_axis = list(there.values()) or [self.cube]
+            newest, cadence = _newest(of_one_axis, init_time, stalest), of_one_axis[0].cadence
+            back = [init_time - newest + step * cadence for step in reversed(range(longest))]
+            ages[:, source] = [time / timedelta(minutes=1) for time in back]
+            for band, group in there.items():
+                images[-count:, band] = group.block(newest - (count - 1) * cadence, count, window)
+        return images, ages
 
     def _field(self, name: str, window: Window) -> Fields:
         """A field (y, x) that never changes."""
@@ -190,7 +231,7 @@ class Sides:
             return np.full((rows, columns), np.nan, np.float32)
         return self._static[name][y : y + rows, x : x + columns]
 
-    def _surroundings(self, init_time: datetime, frames: int, window: Window) -> Fields:
+    def _surroundings(self, newest: datetime, frames: int, window: Window) -> Fields:
         """Means (time, y, x) around a window, of the cells that were observed; NaN where none was.
 
         Their middle is the window's, or half a cell beside it where an even `surroundings` meets an odd side.
@@ -203,7 +244,7 @@ class Sides:
             for whole, first, count in zip(cube.grid.shape, firsts, counts, strict=True)
         ]
         inside = cube.block(
-            init_time - (frames - 1) * cube.cadence,
+            newest - (frames - 1) * cube.cadence,
             frames,
             (lows[0], lows[1], highs[0] - lows[0], highs[1] - lows[1]),
         )
@@ -226,18 +267,35 @@ class Sides:
         """The groups that the cube has, by name.
 
         Raises:
-            ValueError: if they are not of one time axis, but for its length.
+            ValueError: if those of one source are not of one time axis, but for its length, or one that the
+                network takes for rain holds something else.
         """
         opened = {name: group for name in self.beside.satellite if (group := _group(self.cube, name))}
-        first = next(iter(opened.values()), None)
-        for name, group in opened.items():
-            assert first is not None
-            if group.cadence != first.cadence or (group.times[0] - first.times[0]) % first.cadence:
-                raise ValueError(
-                    f"{self.cube.path}: {name} has images at other times than {next(iter(opened))}; expected "
-                    "one cadence and the same minutes for all satellite channels of a network"
-                )
+        for bands in self.beside.sources:
+            there = [name for band in bands if (name := self.beside.satellite[band]) in opened]
+            for name in there[1:]:
+                self._check_times(there[0], opened[there[0]], name, opened[name])
+        for name in self.beside.rain:
+            if name in opened:
+                self._check_rain(name, opened[name])
         return opened
+
+    def _check_times(self, first: str, one: Observations, name: str, other: Observations) -> None:
+        if other.cadence != one.cadence or (other.times[0] - one.times[0]) % one.cadence:
+            raise ValueError(
+                f"{self.cube.path}: {name} has images at other times than {first}; expected one cadence and "
+                "the same minutes for all groups of one source; a MetNet with a list as satellite_frames, a "
+                "number for each group, takes each at a cadence of its own"
+            )
+
+    def _check_rain(self, name: str, group: Observations) -> None:
+        held = group.variable
+        if held.name != RAINFALL_RATE.name:
+            raise ValueError(
+                f"{self.cube.path}: {name} holds {held.name} ({held.units}), where this network was made to "
+                f"see {RAINFALL_RATE.name} ({RAINFALL_RATE.units}); name the group of another radar, or give "
+                "the channel's centre and spread in model.satellite"
+            )
 
     @cached_property
     def _static(self) -> dict[str, Fields]:
@@ -273,12 +331,31 @@ def _inner(cube: Observations) -> Observations:
 
 
 def _group(cube: Observations, name: str) -> Observations | None:
-    """Another group of a cube, as quick to read as the cube is; None if there is none of that name."""
+    """Another group of a cube, as quick to read as the cube is; None if none of that name holds a frame."""
     inner = _inner(cube)
     if not isinstance(inner, Cube) or name not in groups(Repository.open(inner.path), inner.snapshot):
         return None
     group = Cube(inner.path, inner.snapshot, name)
+    if not group.times:
+        return None
     return cube.beside(group, name) if isinstance(cube, SampleStore) else group
+
+
+def _newest(groups: Sequence[Observations], init_time: datetime, stalest: timedelta) -> datetime:
+    """When the newest image is of; where none is in time, or late by up to `stalest`, when it was due.
+
+    The groups are of one time axis, but for its length.
+    """
+    one = groups[0]
+    due = one.times[0] + (init_time - one.times[0]) // one.cadence * one.cadence
+    late = range(stalest // one.cadence + 1)
+    return next((time for time in (due - steps * one.cadence for steps in late) if _seen(groups, time)), due)
+
+
+def _seen(groups: Sequence[Observations], time: datetime) -> bool:
+    """Whether any of them has an image of that time."""
+    steps = [(group, (time - group.times[0]) // group.cadence) for group in groups]
+    return any(0 <= step < len(group.observed) and bool(group.observed[step]) for group, step in steps)
 
 
 def _pairs(window: Window) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -12,6 +12,7 @@ from metnet.decision import Cuts
 from metnet.model import MetNet
 from pipelines.progress import track
 from pipelines.samples import Samples
+from pipelines.trained import Published
 
 MORE = 3  # times as many samples are drawn as for a validation, of which there are many
 PIXELS = 600  # of each sample and lead time
@@ -57,7 +58,7 @@ class Calibrated:
 
 
 def calibrated(
-    network: MetNet,
+    network: MetNet | Published,
     validation: Sequence[Samples],
     class_weights: Sequence[float] | None = None,
     seed: int = 0,
@@ -94,7 +95,7 @@ def calibrated(
 
 
 def _halves(
-    network: MetNet, validation: Sequence[Samples], weights: tuple[float, ...], seed: int
+    network: MetNet | Published, validation: Sequence[Samples], weights: tuple[float, ...], seed: int
 ) -> tuple[Exceedances, Exceedances]:
     """What the network says at some pixels of the earlier and of the later half of each cube's samples."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,9 +106,10 @@ def _halves(
     count = sum(MORE * len(samples) for samples in validation)
     for half, batch in track(_drawn(validation), "calibrating", total=count):
         assert batch.target is not None
+        target = network.middle(batch.target) if isinstance(network, Published) else batch.target
         with torch.inference_mode():
             forecast = unweighted(network(batch), weights)
-        halves[half].append(exceedances(forecast, batch.lead_time, batch.target, PIXELS, generator))
+        halves[half].append(exceedances(forecast, batch.lead_time, target, PIXELS, generator))
     network.train(training)
     earlier, later = (Exceedances.joined(half) for half in halves)
     return earlier, later

@@ -14,7 +14,6 @@ from torch import Tensor
 from metnet.batch import Batch
 
 NARROWEST, WIDEST = 30.0, 120.0  # degrees that a sector is open
-SECONDARY = ("satellite", "static", "surroundings")
 Chance = np.random.Generator
 
 
@@ -24,8 +23,8 @@ class DropOut:
 
     frames: float = 0.0  # that a radar frame is missing, each by itself
     sectors: float = 0.0  # that nothing is observed in a sector, in none of the frames: a dead radar
-    late: float = 0.0  # that radar or satellite, each by itself, lack their newest frames; see `_moved_up`
-    sources: float = 0.0  # that satellite, static fields or surroundings, each by itself, are missing
+    late: float = 0.0  # that a source of frames or images, each by itself, lacks its newest; see `_moved_up`
+    sources: float = 0.0  # that a source beside the radar, each by itself, is missing
 
     def __post_init__(self) -> None:
         """Refuses what is no probability.
@@ -41,12 +40,12 @@ class DropOut:
     def __call__(self, batch: Batch, random: Chance, factor: int = 1) -> Batch:
         """A batch of one sample without what was drawn to fail; it needs a new motion then.
 
-        Where the newest radar frames are missing, they are so in one half of the samples; in the other, the
-        newest that there is stands last, with its true age, as in a forecast from a source that is late.
+        Where the newest frames of a source are missing, they are so in one half of the samples; in the other,
+        the newest that there is stands last, with its true age, as in a forecast from a source that is late.
 
         `factor`: cells of the grid along a side of a cell of the surroundings.
         """
-        gone = self._gone(batch.radar[0], random)
+        gone = self._gone(_there(batch.radar), random)
         series = {"radar": _without(batch.radar, gone)}
         if batch.surroundings is not None:
             series["surroundings"] = _without(batch.surroundings, gone)
@@ -54,30 +53,52 @@ class DropOut:
             series = _blinded(series, factor, random)
         changed = {"age": batch.age, **series}
         if gone[-1] and random.random() < 0.5:
-            changed = _moved_up(batch.age, series)
-        if batch.satellite is not None and random.random() < self.late:
-            images = batch.satellite.shape[1]
-            late = np.arange(images) >= images - random.integers(1, images, endpoint=True)
-            changed["satellite"] = _without(batch.satellite, late)
-        for name in SECONDARY:
+            changed = dict(zip(changed, _moved_up(batch.age, *series.values()), strict=True))
+        if batch.satellite is not None and batch.satellite_age is not None:
+            changed["satellite"], changed["satellite_age"] = self._each(
+                batch.satellite, batch.satellite_age, random
+            )
+        for name in ("static", "surroundings"):
             field = getattr(batch, name)
             if field is not None and random.random() < self.sources:
                 changed[name] = torch.full_like(field, torch.nan)
         return replace(batch, **changed)
 
-    def _gone(self, radar: Tensor, random: Chance) -> NDArray[np.bool_]:
-        """Which frames (time, y, x) are missing or late; of those with an observation, one stays at least."""
-        count = len(radar)
+    def _each(self, images: Tensor, age: Tensor, random: Chance) -> tuple[Tensor, Tensor]:
+        """Satellites and other radars (batch, image, band, y, x) after their failures, and their ages."""
+        sources = zip(images.chunk(age.shape[2], dim=2), age.chunk(age.shape[2], dim=2), strict=True)
+        left, ages = zip(*(self._source(*source, random) for source in sources), strict=True)
+        return torch.cat(left, dim=2), torch.cat(ages, dim=2)
+
+    def _source(self, images: Tensor, age: Tensor, random: Chance) -> tuple[Tensor, Tensor]:
+        """The bands of one source, with ages (batch, image, 1), after its failures."""
+        there = _there(images)
+        if random.random() < self.late:
+            count, held = len(there), len(there) - int(there.argmax())
+            images = _without(images, np.arange(count) >= count - random.integers(1, held, endpoint=True))
+            if random.random() < 0.5:
+                age, images = _moved_up(age, images)
+        if random.random() < self.sources:
+            images = torch.full_like(images, torch.nan)
+        return images, age
+
+    def _gone(self, seen: NDArray[np.bool_], random: Chance) -> NDArray[np.bool_]:
+        """Which frames are missing or late; of those that were seen, one stays at least."""
+        count = len(seen)
         missing = random.random(count) < self.frames
         late = np.zeros(count, bool)
         if count > 1 and random.random() < self.late:
             late[-random.integers(1, count) :] = True
-        seen = ~radar.isnan().flatten(1).all(dim=1).numpy()
         gone = missing | late
         if seen.any() and not (seen & ~gone).any():
             in_time = seen & ~late
             gone[np.flatnonzero(in_time if in_time.any() else seen)[-1]] = False
         return gone
+
+
+def _there(series: Tensor) -> NDArray[np.bool_]:
+    """Which frames of a series (1, time, ...) hold any observation."""
+    return ~series[0].isnan().flatten(1).all(dim=1).numpy()
 
 
 def _without(series: Tensor, gone: NDArray[np.bool_]) -> Tensor:
@@ -87,20 +108,20 @@ def _without(series: Tensor, gone: NDArray[np.bool_]) -> Tensor:
     return left
 
 
-def _moved_up(age: Tensor, series: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The series and their ages, with the newest frame that there is as the last: how a late source is read.
+def _moved_up(age: Tensor, *series: Tensor) -> tuple[Tensor, ...]:
+    """Ages and series, with the newest frame that there is as the last: how a late source is read.
 
-    As many of the oldest frames are missing then; ages go on in the steps they have.
+    The first series says which that is. As many of the oldest frames are missing then; ages go on in the
+    steps they have.
     """
-    late = int((~series["radar"][0].isnan().flatten(1).all(dim=1)).flip(0).int().argmax())
+    late = int(_there(series[0])[::-1].argmax())
     if not late:
-        return {"age": age, **series}
-    moved = {}
-    for name, field in series.items():
-        moved[name] = torch.full_like(field, torch.nan)
-        moved[name][:, late:] = field[:, :-late]
+        return age, *series
+    moved = [torch.full_like(field, torch.nan) for field in series]
+    for field, before in zip(moved, series, strict=True):
+        field[:, late:] = before[:, :-late]
     step = age[:, -2] - age[:, -1]
-    return {"age": age + late * step[:, None], **moved}
+    return age + late * step[:, None], *moved
 
 
 def _blinded(series: dict[str, Tensor], factor: int, random: Chance) -> dict[str, Tensor]:

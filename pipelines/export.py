@@ -23,6 +23,7 @@ from zarr.errors import ZarrUserWarning
 
 from pipelines.coordinates import TIME_UNITS, seconds
 from pipelines.cube import RADAR, STATIC, STATISTICS, Cube
+from pipelines.destination import untaken
 from pipelines.frame import parse_time
 from pipelines.manifest import NAME, Manifest
 from pipelines.progress import track
@@ -377,13 +378,10 @@ def _target(to: str) -> Path:
     Raises:
         ValueError: if it is not of a kind that is written, or taken.
     """
-    path = Path(to)
-    if "://" in to or path.suffix not in SUFFIXES:
+    if "://" in to or Path(to).suffix not in SUFFIXES:
         kinds = " or ".join(f"{kind} that ends in {suffix}" for suffix, kind in SUFFIXES.items())
         raise ValueError(f"to={to}: expected {kinds}, on this machine")
-    if path.exists():
-        raise ValueError(f"to={to}: something is there already; remove it, or give another place")
-    return path
+    return untaken("to", to)
 
 
 def _size(path: Path) -> int:

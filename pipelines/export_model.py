@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from metnet import model as engine
 from metnet.advection import _motion_at, _sample
 from metnet.batch import Batch
-from metnet.model import MetNet, Past
+from metnet.local import pace
+from metnet.model import MetNet, Moving
 from metnet.rain import BinnedForecast
 from pipelines.cube import RADAR
+from pipelines.destination import untaken
 from pipelines.export import Exported
 from pipelines.export import export as export_data
 from pipelines.motion import FRAMES, motion
@@ -55,8 +57,8 @@ MEANING = {
     "age": "minutes before the init time of each radar frame, falling",
     "motion": "cells a minute to the east, then to the south; optical flow of the newest frames",
     "cell_size": "side of a cell, metres",
-    "satellite": "satellite images, each channel in its unit; NaN: not observed; oldest first",
-    "satellite_age": "minutes before the newest radar frame of each image",
+    "satellite": "satellite channels and other radars, each in its unit; NaN: not observed; oldest first",
+    "satellite_age": "minutes before the init time of each image: of all channels, or of each",
     "static": "static fields, each in its unit",
     "place": "longitude and latitude of each cell, degrees",
     "init_time": "time of the newest radar frame, seconds since 1970-01-01 UTC",
@@ -105,8 +107,7 @@ def export(
             f"path={path}, to={to}: a network is a run folder of metnet train with {CARD} in it, which "
             f"{'is' if holds_network else 'is not'} there, and becomes {kinds}; data become .zarr or .nc"
         )
-    if Path(to).exists():
-        raise ValueError(f"to={to}: something is there already; remove it, or give another place")
+    target = untaken("to", to)
     if Path(to).suffix == ".onnx" and (lacking := [n for n in NEEDED if importlib.util.find_spec(n) is None]):
         raise ValueError(
             f"to={to}: ONNX needs the packages {', '.join(lacking)}; pip install {' '.join(NEEDED)}, "
@@ -115,7 +116,7 @@ def export(
     made = trained(path)
     learned = [opened["path"] for opened in made.card["cubes"]]
     leads = made.lead_times if lead_times is None else tuple(float(lead) for lead in lead_times)
-    return write_graph(made, Path(to), rain_cube(learned[0] if cube is None else cube), size, leads)
+    return write_graph(made, target, rain_cube(learned[0] if cube is None else cube), size, leads)
 
 
 def write_graph(
@@ -131,7 +132,7 @@ def write_graph(
         ValueError: for a network, lead times or a size that no graph can be written for, or a graph that
             says something else than the network.
     """
-    if made.network.planes is not None:
+    if _network(made).planes is not None:
         raise ValueError(
             "the network has lead_time=input, which looks at its lead times; expected one with FiLM"
         )
@@ -145,8 +146,9 @@ def write_graph(
             f"{cube.path} has a frame every {cube.cadence.total_seconds() / 60:g} min, the model learned "
             f"from {known} min; give another cube="
         )
+    made.warn_of_unlearned(lead_times)
     real = _real(cube, made, _window(cube, size), lead_times)
-    made_up = _made_up(made.network, real)
+    made_up = _made_up(_network(made), real)
     samples = {"made up": made_up, "made up, a frame missing": _without(made_up, -2), "real": real}
     graph = Graph(made, lead_times, real.age.max().item() + LATE)
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ class Graph(nn.Module):
 
     def __init__(self, made: TrainedModel, lead_times: Sequence[float], oldest: float):
         super().__init__()
-        self.network = network = made.network
+        self.network = network = _network(made)
         self.calibration = made.calibration
         self.lead_times, self.oldest = tuple(lead_times), oldest
         sees = network.scaling
@@ -208,12 +210,16 @@ class Graph(nn.Module):
             "init_time": torch.zeros(1, dtype=torch.int64),
         }
         seen = self.network.encode(Batch(**{**known, **given}))
+        rain, paces = seen.rain, None
+        if rain is not None and self.network.local is not None:
+            paces = pace(Unrolled(rain, (0.0,), self.oldest).carried(torch.zeros(1))[:, :, 0])
         at_once = max(1, engine.PIXELS_AT_ONCE // seen.fine[:, 0].numel())
         parts = []
         for first in range(0, len(self.lead_times), at_once):
             leads = self.lead_times[first : first + at_once]
-            unrolled = cast(Past, Unrolled(seen, leads, self.oldest))
-            parts.append(self.network.decode(unrolled, torch.tensor(leads)).softmax(dim=2))
+            if rain is not None:
+                seen = replace(seen, rain=cast(Moving, Unrolled(rain, leads, self.oldest, paces)))
+            parts.append(self.network.decode(seen, torch.tensor(leads)).softmax(dim=2))
         rows, columns = radar.shape[2:]
         said = torch.cat(parts, dim=1)[..., :rows, :columns]
         if self.calibration is None:
@@ -224,21 +230,21 @@ class Graph(nn.Module):
 
 @dataclass(frozen=True)
 class Unrolled:
-    """A `Past` whose trajectories have a known number of steps, so that a graph can hold them."""
+    """A `Moving` whose trajectories have a known number of steps, so that a graph can hold them."""
 
-    past: Past
+    moving: Moving
     lead_times: tuple[float, ...]  # minutes
     oldest: float  # minutes: the largest age of a frame
+    paces: Float[Tensor, "batch 2 y x"] | None = None  # as `Moving.paces`, where a network asks for them
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.past, name)
+        return getattr(self.moving, name)
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
-        """As `Past.carried`, of one sample, at the known lead times."""
-        assert self.past.motion is not None
+        """As `Moving.carried`, of one sample, at the known lead times."""
         each = [
-            self._along(frame[None], self.past.motion, minutes)
-            for frame, minutes in zip(self.past.radar[0], self.past.age[0], strict=True)
+            self._along(frame[None], self.moving.motion, minutes)
+            for frame, minutes in zip(self.moving.radar[0], self.moving.age[0], strict=True)
         ]
         return torch.stack(each, dim=1)
 
@@ -266,6 +272,20 @@ class Unrolled:
             reached = torch.full_like(age, lead)
             most = math.ceil((following - lead) / LONGEST_STEP) if following < math.inf else 0
         return torch.stack(carried, dim=1)
+
+
+def _network(made: TrainedModel) -> MetNet:
+    """The network of a model.
+
+    Raises:
+        ValueError: for a published one, which sees the past anew for each lead time.
+    """
+    if not isinstance(made.network, MetNet):
+        raise ValueError(
+            f"the network is a {type(made.network).__name__}: no graph is written of those published; "
+            "expected the run folder of a MetNet, such as model=small"
+        )
+    return made.network
 
 
 def _write_pt2(graph: Graph, inputs: tuple[Tensor, ...], to: Path) -> None:
@@ -335,9 +355,10 @@ def _apart(made: TrainedModel, graph: Graph, written: Run, samples: Mapping[str,
     """
     apart = {}
     for name, batch in samples.items():
-        expected = made(batch).probability
+        expected = made(batch)
+        assert isinstance(expected, BinnedForecast)
         with torch.no_grad():
-            apart[name] = (written(graph.inputs(batch)) - expected).abs().max().item()
+            apart[name] = (written(graph.inputs(batch)) - expected.probability).abs().max().item()
         if not apart[name] <= NEAR:
             raise ValueError(
                 f"on {name} rain the written graph differs from the network by {apart[name]:.2g}, "
@@ -370,7 +391,7 @@ def _real(
     radar = whole.radar[..., y : y + rows, x : x + columns].contiguous()
     flow = motion(radar[0, -FRAMES:].numpy(), whole.age[0, -FRAMES:].tolist())
     seen = replace(whole, radar=radar, motion=torch.from_numpy(np.ascontiguousarray(flow))[None])
-    return _with_other_sources(made.network, seen)
+    return _with_other_sources(_network(made), seen)
 
 
 def _made_up(network: MetNet, like: Batch) -> Batch:
@@ -406,8 +427,10 @@ def _with_other_sources(network: MetNet, batch: Batch) -> Batch:
     sees = network.scaling
     more: dict[str, Tensor] = {}
     if sees.satellite is not None:
-        more["satellite"] = fields(sees.satellite, sees.images)
-        more["satellite_age"] = 15 * torch.arange(sees.images - 1, -1, -1.0)[None]
+        images = max(sees.images)
+        more["satellite"] = fields(sees.satellite, images)
+        cadence = 15 + 5 * torch.arange(float(len(sees.images)))
+        more["satellite_age"] = torch.arange(images - 1, -1, -1.0)[None, :, None] * cadence
     if sees.static is not None:
         more["static"] = fields(sees.static)
     if sees.place is not None:

@@ -331,8 +331,7 @@ def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] |
                 f"the model learned from frames every {learned} min, the cube {cube.path} has one every "
                 f"{minutes:g} min; train a model on a cube like this one"
             )
-        if wanted and max(wanted) > max(model.lead_times):
-            log.warning("lead times beyond %g min: the model never saw any", max(model.lead_times))
+        model.warn_of_unlearned(wanted or ())
         usual = [lead for lead in model.lead_times if not math.fmod(60 * lead, 60 * minutes)]
         leads = tuple(float(lead) for lead in (usual if wanted is None else wanted))
     else:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import pickle
 import signal
@@ -148,6 +149,8 @@ def ingest(
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 frame a commit")
+    if not 0 < every < math.inf:
+        raise ValueError(f"every={every:g}: expected seconds, above 0")
     place = Placing(_window(window), grid)
     first, last = (None if time is None else parse_time(time) for time in (start, end))
     signals: list[int] = []  # that stopped a feed

@@ -1,15 +1,12 @@
-"""`newest_past`: the past of a source that is late, with the ages its frames then have."""
+"""`newest_past`: the past where sources are late, each by itself, with the ages its frames then have."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 
-import torch
-
 from metnet.batch import Batch
-from pipelines.beside import Beside
+from pipelines.beside import Beside, Sides
 from pipelines.observations import Observations
-from pipelines.past import RADAR_ALONE, past
+from pipelines.past import IN_TIME, RADAR_ALONE, cut
 
 
 def newest_past(
@@ -27,17 +24,17 @@ def newest_past(
         init_time: on the time axis of the cube, or of its continuation.
         frames: how many, those that are missing in between included, which are NaN.
         lead_times: minutes after `init_time`.
-        stalest: minutes that the newest may be old.
+        stalest: minutes that the newest may be old; every other source, too, may be as late.
         beside: what the forecaster sees beside the radar.
 
     Returns:
         None if no frame that is new enough holds an observation.
     """
     written = {time for time, seen in zip(cube.times, cube.observed, strict=True) if seen}
-    age = timedelta(0)
-    while age <= timedelta(minutes=stalest):
+    age, oldest = timedelta(0), timedelta(minutes=stalest)
+    while age <= oldest:
         if init_time - age in written:
-            batch = past_at(cube, init_time, frames, lead_times, age, beside)
+            batch = past_at(cube, init_time, frames, lead_times, age, beside, oldest)
             if not batch.radar[:, -1].isnan().all():
                 return batch
         age += cube.cadence
@@ -51,16 +48,11 @@ def past_at(
     lead_times: Sequence[float],
     age: timedelta,
     beside: Beside = RADAR_ALONE,
+    stalest: timedelta = IN_TIME,
 ) -> Batch:
-    """One sample of the whole grid as it is known at `init_time`, when the newest frame has this age.
+    """One sample of the whole grid as it is known at `init_time`, when the newest radar frame has this age.
 
-    Of the satellite, too, it has no newer image.
+    Every other source is there as it came, or late by up to `stalest`.
     """
-    batch, minutes = past(cube, init_time - age, frames, lead_times, beside), age.total_seconds() / 60
-    images = batch.satellite_age
-    return replace(
-        batch,
-        age=batch.age + minutes,
-        init_time=torch.tensor([round(init_time.timestamp())]),
-        satellite_age=None if images is None else images + minutes,
-    )
+    window = (0, 0, *cube.grid.shape)
+    return cut(Sides(cube, beside), init_time, frames, lead_times, window, age, stalest)

@@ -1,7 +1,7 @@
 """`past`: what a forecaster may know at an init time, read from a cube."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import torch
 
@@ -10,6 +10,7 @@ from pipelines.beside import Beside, Sides
 from pipelines.observations import Observations
 
 RADAR_ALONE = Beside()
+IN_TIME = timedelta(0)
 
 
 def past(
@@ -33,16 +34,22 @@ def cut(
     frames: int,
     lead_times: Sequence[float],
     window: tuple[int, int, int, int],
+    age: timedelta = IN_TIME,
+    stalest: timedelta = IN_TIME,
 ) -> Batch:
-    """The same of a window of a cube's grid: (y0, x0, ny, nx) in cells."""
+    """The same of a window of a cube's grid: (y0, x0, ny, nx) in cells.
+
+    `age` is that of the newest radar frame; every other source may be late by up to `stalest`, and is then
+    read up to its newest image.
+    """
     cube = sides.cube
-    minutes = cube.cadence.total_seconds() / 60
-    radar = cube.block(init_time - (frames - 1) * cube.cadence, frames, window)
+    back = [age + step * cube.cadence for step in reversed(range(frames))]
+    radar = cube.block(init_time - back[0], frames, window)
     return Batch(
         radar=torch.from_numpy(radar)[None],
-        age=minutes * torch.arange(frames - 1, -1, -1, dtype=torch.float32)[None],
+        age=torch.tensor([[time / timedelta(minutes=1) for time in back]], dtype=torch.float32),
         init_time=torch.tensor([round(init_time.timestamp())]),
         lead_time=torch.tensor(lead_times, dtype=torch.float32),
         cell_size=torch.tensor([cube.grid.cell_size], dtype=torch.float32),
-        **sides.read(init_time, frames, window),
+        **sides.read(init_time, frames, window, age, stalest),
     )

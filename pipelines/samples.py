@@ -38,6 +38,7 @@ class Span:
 
     frames: int  # past frames, the one at init_time included
     leads: tuple[int, ...]  # steps after init_time, rising
+    back: int = 0  # steps before init_time that other radars' frames reach, where those are more
 
     @classmethod
     def of(cls, cadence: timedelta, frames: int, lead_times: Sequence[float]) -> "Span":
@@ -73,9 +74,14 @@ class Span:
         return cls.of(cube.cadence, frames, fitting or lead_times)
 
     @property
+    def reach(self) -> int:
+        """From the oldest frame of any radar to the init time."""
+        return max(self.frames - 1, self.back)
+
+    @property
     def steps(self) -> int:
-        """From the oldest frame to the last target."""
-        return self.frames - 1 + self.leads[-1]
+        """From the oldest frame of any radar to the last target."""
+        return self.reach + self.leads[-1]
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,9 @@ def split(observed: NDArray[np.bool_], span: Span, share: float) -> Split:
     if not usable:
         raise ValueError(
             f"the cube has {int(observed.sum())} frames on a time axis of {len(observed)}: "
-            f"a sample needs {span.steps + 1} in a row ({span.frames} past frames, the one at init_time "
-            f"included, and {span.leads[-1]} up to the longest lead time); ingest a longer time, or ask for "
-            "fewer model.frames or shorter lead_times"
+            f"a sample needs {span.frames + span.leads[-1]} in a row ({span.frames} past frames, the one at "
+            f"init_time included, and {span.leads[-1]} up to the longest lead time); ingest a longer time, "
+            "or ask for fewer model.frames or shorter lead_times"
         )
     inits = np.array(usable, dtype=np.int64)
     validation = inits[len(inits) - math.ceil(share * len(inits)) :]
@@ -209,7 +215,7 @@ class Samples(Dataset[Batch]):
     @property
     def touched(self) -> NDArray[np.int64]:
         """When (s since 1970) the frames are that a sample may hold, as input or as target; rising."""
-        offsets = np.array([*range(1 - self.span.frames, 1), *self.span.leads])
+        offsets = np.array([*range(-self.span.reach, 1), *self.span.leads])
         steps = np.unique(self.inits[:, None] + offsets)
         return round(self._start.timestamp()) + steps * round(self.cube.cadence.total_seconds())
 

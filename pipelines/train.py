@@ -6,14 +6,15 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from lightning import Trainer, seed_everything
@@ -22,14 +23,18 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from metnet.batch import Batch
 from metnet.head import Ordinal
 from metnet.loss import Loss, cross_entropy, ordinal
 from metnet.model import MetNet
-from metnet.prior import Pixels
-from pipelines.beside import Beside
+from metnet.prior import AdvectionPrior, Pixels
+from pipelines import destination
+from pipelines.beside import Beside, Sides
 from pipelines.calibrating import Calibrated, calibrated
 from pipelines.checkpoints import FOLDER, Checkpoints, StoppedError, newest
 from pipelines.drop_out import DropOut
@@ -40,7 +45,7 @@ from pipelines.progress import track
 from pipelines.sample_store import stored
 from pipelines.samples import ENDLESS, SMALLEST_CROP, Mixed, Samples, Span, check_apart, split
 from pipelines.task import Habits, Importance, Learning, RadarData, Task
-from pipelines.trained import CARD, WEIGHTS, read_card
+from pipelines.trained import CARD, PRIOR, WEIGHTS, Published, read_card
 from pipelines.training_log import Progress, WriteScores
 from pipelines.training_pictures import Pictures
 from pipelines.version import version
@@ -48,10 +53,11 @@ from pipelines.version import version
 CONFIG = "config.json"
 NOTHING_DROPPED = DropOut()
 VALIDATION = "validation.jsonl"
-PRIOR = "prior.safetensors"
 PRECISIONS = ("32-true", "bf16-mixed")  # 16 bits would want losses that are scaled
-PRIOR_SAMPLES = 64  # that the prior is fitted on
-PRIOR_PIXELS = 800  # of each sample and lead time
+FINGERPRINT = "fitted_for"  # among the metadata of `PRIOR`
+LOCAL = "local.safetensors"
+PRIOR_LEADS = 4  # of a batch that the prior is fitted on
+PRIOR_PIXELS = 200  # of each sample and lead time
 log = logging.getLogger(__name__)
 
 
@@ -93,7 +99,9 @@ def train(
     validation: float = 0.15,
     validation_samples: int = 16,
     validation_cubes: Sequence[str] = (),
+    prior_samples: int = 64,
     prior_steps: int = 150,
+    local_steps: int = 900,
     check_every: int = 100,
     leads_per_step: int = 4,
     loss: Loss | None = None,
@@ -130,7 +138,9 @@ def train(
         validation: share of the init times, at the end of each cube; with `validation_cubes` none.
         validation_samples: how many samples are drawn from these of each cube, always the same.
         validation_cubes: whole events to validate on, which nothing is learned from.
+        prior_samples: how many samples the prior is fitted on, and what is local beside it.
         prior_steps: steps of fitting the prior, before the training.
+        local_steps: steps of fitting what is local.
         check_every: steps from one checkpoint (and validation) to the next.
         leads_per_step: how many of the lead times, drawn anew, a step learns from; validation takes all.
         loss: what a forecast costs; None: the one that goes with the network's head.
@@ -142,7 +152,7 @@ def train(
         pictures: draw validation samples and their forecasts into the run folder.
         augment: turn and mirror the training samples at random.
         drop_out: how likely frames, radars and sources are missing in the training samples.
-        satellite: groups of the cubes, one for each satellite channel of the network.
+        satellite: groups of the cubes, one for each satellite channel or other radar of the network.
         static: fields of the cubes' group "static", one for each static field of the network.
         reach: how many crops wide the surroundings are.
         workers: processes that read samples; 0: the training itself.
@@ -157,78 +167,49 @@ def train(
         ValueError: if there is no cube or too little of it, a lead time is no multiple of its cadence, the
             run folder belongs to another call, or the loss stops being finite.
     """
-    for key, count, least in (
-        ("batch_size", batch_size, 1),
-        ("crop", crop, SMALLEST_CROP),
-        ("leads_per_step", leads_per_step, 1),
-        ("check_every", check_every, 1),
-        ("prior_steps", prior_steps, 0),
-        ("validation_samples", validation_samples, 0),
-        ("workers", workers, 0),
-    ):
-        if count < least:
-            raise ValueError(f"{key}={count}: expected at least {least}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate={learning_rate}: expected a number above 0, such as 0.001")
-    if on_nonfinite not in ("stop", "skip"):
-        raise ValueError(f"on_nonfinite={on_nonfinite}: expected stop or skip")
-    folder = Path(run)
-    if folder.is_file():
-        raise ValueError(f"run={run}: is a file; expected a folder, which is made if it is not there")
-    finished = _finished(folder, config)
-    if finished is not None:
+    _check_counts(
+        batch_size,
+        crop,
+        leads_per_step,
+        check_every,
+        prior_samples,
+        prior_steps,
+        local_steps,
+        validation_samples,
+        workers,
+    )
+    _check_learning(seed, learning_rate, on_nonfinite)
+    folder = destination.folder("run", run)
+    if (finished := _finished(folder, config)) is not None:
         return finished
-    learned = [stored(rain_cube(path), crop) for path in ([cube] if isinstance(cube, str) else cube)]
-    kept = [stored(rain_cube(path), crop) for path in validation_cubes]
+    learned, kept = _opened([cube] if isinstance(cube, str) else cube, crop), _opened(validation_cubes, crop)
     if not learned:
         raise ValueError("cube=[]: expected at least one to learn from")
     seed_everything(seed, verbose=False)
     network = model()
     weights = tuple(tuple(float(number) for number in step) for step in importance)
     Importance(network.bins, weights)  # refuses wrong ones before any work
-    beside = Beside.of(network, satellite, static, reach)
-    share = 0.0 if kept else validation
-    training, validating = [], []
-    alone = len(learned) + len(kept) == 1
-    for opened in learned:
-        span = _span(opened, network.frames, lead_times, alone)
-        used = _between(opened, start, end)
-        parts = split(opened.observed[used], span, share).later(used.start)
-        if share and not len(parts.validation):
-            log.warning(
-                "%s has %d frames: too few to keep some for validation, all are trained on",
-                opened.path,
-                opened.observed.sum(),
-            )
-        training.append(
-            Samples(
-                opened,
-                parts.training,
-                span,
-                crop,
-                seed=seed,
-                augment=augment,
-                beside=beside,
-                drop_out=drop_out,
-            )
-        )
-        if len(parts.validation):
-            validating.append(
-                Samples(opened, parts.validation, span, crop, validation_samples, seed + 1, beside=beside)
-            )
-    for opened in kept:
-        span = _span(opened, network.frames, lead_times, alone)
-        inits = split(opened.observed, span, 0.0).training
-        validating.append(Samples(opened, inits, span, crop, validation_samples, seed + 1, beside=beside))
-    check_apart(training, validating)
-    data = RadarData(Mixed(training, batch_size, seed), validating, workers)
     skip: Literal["stop", "skip"] = "skip" if on_nonfinite == "skip" else "stop"
     habits = Habits(leads_per_step, seed, loss or _loss_of(network), weights, skip, compile)
+    beside = Beside.of(network, satellite, static, reach)
+    sampling = _Sampling(
+        frames=network.frames,
+        lead_times=lead_times,
+        all_leads=len(learned) + len(kept) == 1,
+        crop=crop,
+        beside=beside,
+        seed=seed,
+        augment=augment,
+        drop_out=drop_out,
+        validation_samples=validation_samples,
+    )
+    training, validating = _samples(sampling, learned, kept, validation, start, end)
+    data = RadarData(Mixed(training, batch_size, seed), validating, workers)
+    snapshots = [opened.snapshot for opened in learned]
     with _alone(folder):
-        _begin(folder, config, [opened.snapshot for opened in learned])
-        _fit_prior(network, data.training, folder, prior_steps, seed)
+        _begin(folder, config, snapshots)
+        fitting = Fitting(prior_samples, prior_steps, local_steps)
+        _fit_start(network, data, folder, fitting, seed, _fingerprint(config, snapshots))
         task = Task(network, Learning(learning_rate), habits, data, lead_times)
         with _quiet():
             fitted = _fit(trainer, task, data, folder, check_every, strategy, pictures)
@@ -240,6 +221,135 @@ def train(
         return _finish(
             folder, config, learned, kept, crop, lead_times, beside, network, task, fitted, calibration
         )
+
+
+def _check_counts(
+    batch_size: int,
+    crop: int,
+    leads_per_step: int,
+    check_every: int,
+    prior_samples: int,
+    prior_steps: int,
+    local_steps: int,
+    validation_samples: int,
+    workers: int,
+) -> None:
+    """Refuses a number of something that is too small, by its key."""
+    for key, count, least in (
+        ("batch_size", batch_size, 1),
+        ("crop", crop, SMALLEST_CROP),
+        ("leads_per_step", leads_per_step, 1),
+        ("check_every", check_every, 1),
+        ("prior_samples", prior_samples, 1),
+        ("prior_steps", prior_steps, 0),
+        ("local_steps", local_steps, 0),
+        ("validation_samples", validation_samples, 0),
+        ("workers", workers, 0),
+    ):
+        if count < least:
+            raise ValueError(f"{key}={count}: expected at least {least}")
+
+
+def _check_learning(seed: int, learning_rate: float, on_nonfinite: str) -> None:
+    """Refuses what nothing can be learned with, by its key."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate={learning_rate}: expected a number above 0, such as 0.001")
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"on_nonfinite={on_nonfinite}: expected stop or skip")
+
+
+def _opened(paths: Sequence[str], crop: int) -> list[Observations]:
+    """The cubes at these places, each as quick to cut crops from as it can be."""
+    return [stored(rain_cube(path), crop) for path in paths]
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How samples are drawn from a cube, whichever it is."""
+
+    frames: int
+    lead_times: Sequence[float]  # minutes
+    all_leads: bool  # each must fit the cube; else those count that do
+    crop: int
+    beside: Beside
+    seed: int
+    augment: bool  # what is learned from
+    drop_out: DropOut  # of what is learned from
+    validation_samples: int
+
+    def parted(
+        self, cube: Observations, share: float, start: str | None, end: str | None
+    ) -> tuple[Samples, Samples | None]:
+        """What is learned from within [start, end], and its end to validate on; None if that is too short."""
+        span, used = self._span(cube), _between(cube, start, end)
+        parts = split(cube.observed[used], span, share).later(used.start)
+        learned = Samples(
+            cube,
+            parts.training,
+            span,
+            self.crop,
+            seed=self.seed,
+            augment=self.augment,
+            beside=self.beside,
+            drop_out=self.drop_out,
+        )
+        if len(parts.validation):
+            return learned, self._validating(cube, parts.validation, span)
+        if share:
+            log.warning(
+                "%s has %d frames: too few to keep some for validation, all are trained on",
+                cube.path,
+                cube.observed.sum(),
+            )
+        return learned, None
+
+    def event(self, cube: Observations) -> Samples:
+        """A whole cube to validate on."""
+        span = self._span(cube)
+        return self._validating(cube, split(cube.observed, span, 0.0).training, span)
+
+    def _validating(self, cube: Observations, inits: NDArray[np.int64], span: Span) -> Samples:
+        """Always the same samples, as they are."""
+        count, seed = self.validation_samples, self.seed + 1
+        return Samples(cube, inits, span, self.crop, count, seed, beside=self.beside)
+
+    def _span(self, cube: Observations) -> Span:
+        """What a sample of the cube covers."""
+        made = (
+            Span.of(cube.cadence, self.frames, self.lead_times)
+            if self.all_leads
+            else Span.of_those(cube, self.frames, self.lead_times)
+        )
+        return replace(made, back=Sides(cube, self.beside).back)
+
+
+def _samples(
+    sampling: _Sampling,
+    learned: Sequence[Observations],
+    kept: Sequence[Observations],
+    share: float,
+    start: str | None,
+    end: str | None,
+) -> tuple[list[Samples], list[Samples]]:
+    """What is learned from, and what is validated on: whole events that are kept, or the end of each cube.
+
+    Raises:
+        ValueError: if there is too little of a cube, or the same rain is in both.
+    """
+    parts = [sampling.parted(cube, 0.0 if kept else share, start, end) for cube in learned]
+    training = [learning for learning, _ in parts]
+    ends = [validating for _, validating in parts if validating is not None]
+    validating = [*ends, *(sampling.event(cube) for cube in kept)]
+    check_apart(training, validating)
+    if validating and not sampling.validation_samples:
+        log.warning(
+            "validation_samples=0: nothing is validated or calibrated, and the last weights are kept; "
+            "to learn from what is held back for validation, set validation=0 and validation_cubes=[]"
+        )
+        return training, []
+    return training, validating
 
 
 def _helps() -> bool:
@@ -260,26 +370,88 @@ def _loss_of(network: nn.Module) -> Loss:
     return ordinal if isinstance(getattr(network, "link", None), Ordinal) else cross_entropy
 
 
-def _fit_prior(network: nn.Module, samples: Mixed, folder: Path, steps: int, seed: int) -> None:
-    """Gives a network with advection the prior that fits the training samples best.
+def _fit_start(
+    network: nn.Module, data: RadarData, folder: Path, fitting: "Fitting", seed: int, fingerprint: str
+) -> None:
+    """Gives a network with advection the prior, and what is local beside it, that fit the samples best.
 
-    It is kept in the run folder, so that a training that goes on starts from the same; of several processes
-    one fits it, and the others wait.
+    They are kept in the run folder, so that a training that goes on starts from the same; of several
+    processes one fits them, and the others wait. Where nothing was learned yet, those of another fingerprint
+    are fitted anew: whichever process comes first sees by itself that they are left over.
     """
-    if not isinstance(network, MetNet) or network.prior is None or not steps:
+    if not isinstance(network, MetNet) or network.prior is None or not fitting.prior_steps:
         return
-    place = folder / PRIOR
+    places: dict[Path, nn.Module] = {folder / PRIOR: network.prior}
+    if network.local is not None:
+        places[folder / LOCAL] = network.local
     with FileLock(folder / "prior.lock"):
-        if place.is_file():
-            network.prior.load_state_dict(load(place.read_bytes()))
-            return
-        generator = torch.Generator().manual_seed(seed)
-        drawn = []
-        for number in track(range(PRIOR_SAMPLES), "fitting the prior", total=PRIOR_SAMPLES):
-            batch = samples[ENDLESS // 2 + number * samples.batch_size]  # none that a step learns from
-            drawn.append(network.pixels(batch, PRIOR_PIXELS, generator))
-        network.prior.fit(Pixels.joined(drawn), steps, seed=seed)
-        _replace(place, save(network.prior.state_dict()))
+        kept = all(
+            place.is_file() and (_has_learned(folder) or _fingerprint_of(place) == fingerprint)
+            for place in places
+        )
+        if not kept:
+            _fit_on_pixels(network, network.prior, data, fitting, seed)
+        for place, part in places.items():
+            if kept:
+                part.load_state_dict(load(place.read_bytes()))
+            else:
+                _replace(place, save(part.state_dict(), {FINGERPRINT: fingerprint}))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How the start of a network is fitted on single pixels."""
+
+    samples: int = 64  # that the pixels are drawn from
+    prior_steps: int = 150
+    local_steps: int = 900
+
+
+def _fit_on_pixels(
+    network: MetNet, prior: AdvectionPrior, data: RadarData, fitting: Fitting, seed: int
+) -> None:
+    """Fits the prior, then what is local; of the latter nothing is kept where it makes validation worse."""
+    random = torch.Generator().manual_seed(seed)
+    learned, samples = data.training, fitting.samples
+    # none that a step learns from
+    drawn = (learned[ENDLESS // 2 + number * learned.batch_size] for number in range(samples))
+    known = _pixels(network, track(drawn, "fitting the prior", total=samples), random)
+    prior.fit(known, fitting.prior_steps, seed=seed)
+    if network.local is None or not fitting.local_steps:
+        return
+    start = {name: value.clone() for name, value in network.local.state_dict().items()}
+    network.local.fit(known, prior, network.link, fitting.local_steps, seed=seed)
+    if not data.validation:
+        return
+    held_back = (each[number] for each in data.validation for number in range(len(each)))
+    checked = _pixels(network, held_back, random)
+    if len(checked) and (gain := network.local.gain(checked, prior, network.link)) < 0:
+        log.warning("what is local makes the validation worse by %.4f nats a pixel and is left out", -gain)
+        network.local.load_state_dict(start)
+
+
+def _pixels(network: MetNet, batches: Iterable[Batch], random: torch.Generator) -> Pixels:
+    """Pixels of each batch, at a few of its lead times."""
+    drawn = []
+    for batch in batches:
+        assert batch.target is not None
+        count = len(batch.lead_time)
+        some = torch.randperm(count, generator=random)[:PRIOR_LEADS].sort().values
+        few = replace(batch, lead_time=batch.lead_time[some], target=batch.target[:, some])
+        drawn.append(network.pixels(few, PRIOR_PIXELS, random))
+    return Pixels.joined(drawn)
+
+
+def _fingerprint(config: Mapping[str, Any], snapshots: Sequence[str]) -> str:
+    """Of the settings, and of the frames, that a prior is fitted with."""
+    told = json.dumps([sorted(_settings(_plain(config))), snapshots])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _fingerprint_of(prior: Path) -> str | None:
+    """That a prior was kept with; None: with none."""
+    with safe_open(prior, framework="pt") as file:
+        return (file.metadata() or {}).get(FINGERPRINT)
 
 
 @contextmanager
@@ -296,11 +468,6 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ValueError(f"run={folder}: another training is at work there; wait for it") from error
-
-
-def _span(cube: Observations, frames: int, lead_times: Sequence[float], alone: bool) -> Span:
-    """What a sample of the cube covers: all lead times, or of several cubes those that fit each."""
-    return Span.of(cube.cadence, frames, lead_times) if alone else Span.of_those(cube, frames, lead_times)
 
 
 def _between(cube: Observations, start: str | None, end: str | None) -> slice:
@@ -385,19 +552,12 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _begin(folder: Path, config: Mapping[str, Any], snapshots: list[str]) -> None:
-    """Writes down what the run was started with; warns if a cube has changed since.
-
-    Where nothing was learned yet, a prior that was fitted with other settings, or to other frames, goes.
-    """
+    """Writes down what the run was started with; warns if a cube that it learned from has changed since."""
     if _helps():
         return
     started = folder / CONFIG
-    if started.is_file():
+    if started.is_file() and _has_learned(folder):
         before = json.loads(started.read_text())["cube_snapshots"]
-        if not _has_learned(folder):
-            if before != snapshots or _differing(folder, config):
-                (folder / PRIOR).unlink(missing_ok=True)
-            before = snapshots
         for old, new in zip(before, snapshots, strict=True):
             if old != new:
                 log.warning("%s goes on with a cube that has changed: snapshot %s, then %s", folder, old, new)
@@ -498,6 +658,7 @@ def _made(
     Raises:
         ValueError: if it would never end, or refuses its arguments.
     """
+    _check_precision(make)
     try:
         trainer = make(
             max_epochs=-1,
@@ -519,7 +680,7 @@ def _made(
         raise ValueError(f"trainer: {error}") from error
     except AttributeError as error:  # what Lightning makes of max_time=5
         raise ValueError("trainer.max_time: expected days:hours:minutes:seconds") from error
-    _check(trainer)
+    _check(trainer, strategy)
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if any(isinstance(callback, Timer) and callback.time_remaining() == 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError("trainer.max_time: expected more than no time at all")
@@ -530,13 +691,28 @@ def _made(
     return trainer
 
 
-def _check(trainer: Trainer) -> None:
+def _check_precision(make: Callable[..., Trainer]) -> None:
+    """Refuses 16 bits of little range before Lightning takes others for them, as it does on a CPU.
+
+    Raises:
+        ValueError: saying what to take.
+    """
+    asked = str(make.keywords.get("precision", "")) if isinstance(make, partial) else ""
+    if asked.startswith("16"):
+        raise ValueError(
+            f"trainer.precision={asked}: expected one of {', '.join(PRECISIONS)}; "
+            "take bf16-mixed, which needs no scaling of the loss"
+        )
+
+
+def _check(trainer: Trainer, strategy: Strategy | None) -> None:
     """Refuses what Lightning would take and get wrong: a norm below 0 turns every gradient around.
 
     Raises:
         ValueError: naming the key.
     """
-    clip = trainer.gradient_clip_val
+    clip, every = trainer.gradient_clip_val, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    alone = "1 with strategy=alone; for several processes, set strategy=ddp"
     for key, value, expected, is_right in (
         ("precision", trainer.precision, f"one of {', '.join(PRECISIONS)}", trainer.precision in PRECISIONS),
         (
@@ -546,6 +722,9 @@ def _check(trainer: Trainer) -> None:
             trainer.accumulate_grad_batches >= 1,
         ),
         ("gradient_clip_val", clip, "a norm, or 0 for none", clip is None or 0 <= clip < math.inf),
+        ("log_every_n_steps", every, "at least 1, or 0 for no logs", every >= 0),
+        ("devices", trainer.num_devices, alone, strategy is not None or trainer.num_devices == 1),
+        ("num_nodes", trainer.num_nodes, alone, strategy is not None or trainer.num_nodes == 1),
     ):
         if not is_right:
             raise ValueError(f"trainer.{key}={value}: expected {expected}")
@@ -601,8 +780,11 @@ def _finish(
 
 
 def _calibrated(network: nn.Module, validation: Sequence[Samples]) -> Calibrated | None:
-    """A calibration of a trained network; None without validation, or for the published networks."""
-    if not validation or not isinstance(network, MetNet):
+    """A calibration of a trained network; None without validation."""
+    if not validation:
+        return None
+    if not isinstance(network, MetNet | Published):
+        log.warning("not calibrated: expected a MetNet, MetNet1 or MetNet2, not a %s", type(network).__name__)
         return None
     found = calibrated(network, validation)
     log.info("%s", found)

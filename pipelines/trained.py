@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -11,25 +12,31 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import Tensor
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration
 from metnet.decision import Cuts
+from metnet.metnet1 import MetNet1
+from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
-from metnet.rain import BinnedForecast, RainBins
+from metnet.rain import BinnedForecast, RainBins, RainForecast
 from pipelines.construct import construct
 from pipelines.motion import FRAMES, motion
 
 WEIGHTS, CARD, PRIOR = "model.safetensors", "model.json", "prior.safetensors"
+Published = MetNet1 | MetNet2  # they forecast the middle of what they see
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
     """A `Forecaster` with what it was made from: its network and the card of its run."""
 
-    network: MetNet
+    network: MetNet | Published
     card: Mapping[str, Any]  # `model.json`
     sha256: str  # of the weights
     calibration: Calibration | None = None  # of its probabilities; None: as the network says them
@@ -50,15 +57,120 @@ class TrainedModel:
         """Minutes; the lead times it learned from."""
         return tuple(float(lead) for lead in self.card["lead_times"])
 
-    def __call__(self, batch: Batch) -> BinnedForecast:
-        """The network's forecast, calibrated, without gradients."""
+    def __call__(self, batch: Batch) -> RainForecast:
+        """The network's forecast, calibrated, without gradients.
+
+        Of a published network it is NaN towards the edges of the grid, where too little surrounds a cell.
+
+        Raises:
+            ValueError: if the grid is smaller than what a published network must see.
+        """
         with torch.inference_mode():
-            forecast: BinnedForecast = self.network(with_motion(batch))
-            return forecast if self.calibration is None else self.calibration(forecast, batch.lead_time)
+            if isinstance(self.network, Published):
+                inner = self._calibrated(tile_by_tile(self.network, as_if_new(batch)), batch)
+                return Framed(inner, self.network.side - self.network.target)
+            return self._calibrated(self.network(with_motion(batch)), batch)
+
+    def warn_of_unlearned(self, lead_times: Sequence[float]) -> None:
+        """Says of lead times (minutes) beyond those it learned from that it never saw any."""
+        if lead_times and max(lead_times) > max(self.lead_times):
+            log.warning("lead times beyond %g min: the model never saw any", max(self.lead_times))
+
+    def _calibrated(self, forecast: BinnedForecast, batch: Batch) -> BinnedForecast:
+        """The forecast as validation data put it right, if they did."""
+        return forecast if self.calibration is None else self.calibration(forecast, batch.lead_time)
 
     def uncalibrated(self) -> "TrainedModel":
         """The same with the network's own probabilities."""
         return replace(self, calibration=None, cuts=None)
+
+
+@dataclass(frozen=True)
+class Framed:
+    """A forecast of the middle of a grid; around it there is none (NaN)."""
+
+    inner: RainForecast
+    less: int  # cells that the middle is smaller than the grid, along each side
+
+    def probability_above(self, threshold: float) -> Tensor:
+        """As it was said."""
+        return self._framed(self.inner.probability_above(threshold))
+
+    def quantile(self, level: float) -> Tensor:
+        """As it was said."""
+        return self._framed(self.inner.quantile(level))
+
+    def mean(self) -> Tensor:
+        """As it was said."""
+        return self._framed(self.inner.mean())
+
+    def crps(self, observed: Tensor) -> Tensor:
+        """As it was said."""
+        before, after = self._edges
+        rows, columns = (slice(before, size - after) for size in observed.shape[-2:])
+        return self._framed(self.inner.crps(observed[..., rows, columns]))
+
+    @property
+    def _edges(self) -> tuple[int, int]:
+        """Cells in the north and west, and in the south and east: as `metnet.downsampler.middle` has them."""
+        return self.less // 2, self.less - self.less // 2
+
+    def _framed(self, field: Tensor) -> Tensor:
+        return F.pad(field, self._edges * 2, value=torch.nan)
+
+
+def as_if_new(batch: Batch) -> Batch:
+    """The batch at the time of its newest frame, for a network that is told of no ages.
+
+    What is asked for `lead_time` after the init time lies further from that frame, by its age.
+
+    Raises:
+        ValueError: if the newest frames of its samples are not of one age.
+    """
+    late = batch.age[:, -1]
+    if (late != late[0]).any():
+        raise ValueError(
+            f"newest frames that are {late.tolist()} minutes old: this network wants samples of one age"
+        )
+    return replace(
+        batch,
+        age=batch.age - late[:, None],
+        init_time=batch.init_time - (60 * late).to(batch.init_time),
+        lead_time=batch.lead_time + late[0],
+        satellite_age=None if batch.satellite_age is None else batch.satellite_age - late[0],
+    )
+
+
+def tile_by_tile(network: Published, batch: Batch) -> BinnedForecast:
+    """What a network says of all cells that have as much around them as it must see.
+
+    It sees a window of the grid for each tile that it forecasts; the last of a row or a column overlaps.
+
+    Raises:
+        ValueError: if the grid is smaller than a window.
+    """
+    rows, columns = batch.radar.shape[-2:]
+    side, target = network.side, network.target
+    if min(rows, columns) < side:
+        raise ValueError(
+            f"the grid has {rows} x {columns} cells: a {type(network).__name__} that sees {side} x {side} "
+            f"cells and forecasts the {target} x {target} in their middle wants at least as many; forecast "
+            "from a larger cube, or with model=small"
+        )
+    shape = len(batch.radar), len(batch.lead_time), len(network.bins)
+    said = batch.radar.new_empty(*shape, rows - side + target, columns - side + target)
+    for y in (*range(0, rows - side, target), rows - side):
+        for x in (*range(0, columns - side, target), columns - side):
+            seen = _cut(batch, slice(y, y + side), slice(x, x + side))
+            said[..., y : y + target, x : x + target] = network(seen).probability
+    return BinnedForecast(said, network.bins)
+
+
+def _cut(batch: Batch, rows: slice, columns: slice) -> Batch:
+    """All that a batch holds of some cells."""
+    held = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    maps = {name: value for name, value in held.items() if value is not None and value.ndim >= 4}
+    return replace(batch, **{name: value[..., rows, columns] for name, value in maps.items()})
 
 
 def with_motion(batch: Batch) -> Batch:
@@ -104,7 +216,7 @@ def trained(path: str | Path) -> TrainedModel:
 
 
 def untrained(path: str | Path) -> TrainedModel:
-    """The network of a run folder as its training began: the prior that was fitted, and nothing else.
+    """The prior of a run folder as it was fitted, and nothing else: not what is local beside it.
 
     Raises:
         ValueError: if the folder holds no finished run, or one of a network without a prior.
@@ -117,7 +229,7 @@ def untrained(path: str | Path) -> TrainedModel:
             f"with {CARD} and {PRIOR} in it"
         )
     network = _built(folder, card)
-    if network.prior is None:
+    if not isinstance(network, MetNet) or network.prior is None:
         raise ValueError(f"{path}: its network has no prior; expected one trained with model.advection=true")
     network.prior.load_state_dict(load(fitted.read_bytes()))
     return TrainedModel(network.eval(), card, hashlib.sha256(fitted.read_bytes()).hexdigest())
@@ -154,7 +266,7 @@ def _calibration(
         raise ValueError(f"{folder / CARD}: {error}") from error
 
 
-def _built(folder: Path, card: Mapping[str, Any]) -> MetNet:
+def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published:
     """The network that the card describes, with fresh weights."""
     try:
         made = construct(card["config"]["model"], ("metnet.",))
@@ -162,8 +274,10 @@ def _built(folder: Path, card: Mapping[str, Any]) -> MetNet:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CARD}: incomplete: {error}") from error
     network = made() if isinstance(made, partial) else made
-    if not isinstance(network, MetNet):
-        raise ValueError(f"{folder / CARD}: its model is a {type(network).__name__}, expected a MetNet")
+    if not isinstance(network, MetNet | Published):
+        raise ValueError(
+            f"{folder / CARD}: its model is a {type(network).__name__}; expected a MetNet, MetNet1 or MetNet2"
+        )
     if network.bins != bins:
         raise ValueError(f"{folder / CARD}: its bins are not those of its model: {bins} and {network.bins}")
     return network

@@ -20,6 +20,7 @@ from metnet.forecaster import Forecaster
 from metnet.rain import RainForecast, TabulatedForecast, tabulated
 from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
+from pipelines.destination import folder
 from pipelines.figures import Case, thinned
 from pipelines.frame import parse_time
 from pipelines.grid import Grid
@@ -81,6 +82,7 @@ def verify(
     Raises:
         ValueError: if there is nothing to verify, saying what is missing.
     """
+    folder("report", report)
     check_names(scores)
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1")

@@ -32,6 +32,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "manifest",
                 "construct",
                 "checked",
+                "destination",
                 "drop_out",
                 "decoding",
                 "formats",

@@ -46,7 +46,7 @@ def everything(batch=2, frames=3, images=4, rows=24, columns=20, seed=0):
             [field(images, rows, columns, centre=250.0, spread=25.0), field(images, rows, columns).sigmoid()],
             dim=2,
         ),
-        satellite_age=torch.arange(images - 1, -1, -1.0).mul(15).add(7).repeat(batch, 1),
+        satellite_age=torch.arange(images - 1, -1, -1.0).mul(15).add(7).repeat(batch, 1)[..., None],
         place=torch.stack([lon, lat], dim=1),
         surroundings=field(frames, rows // 2, columns // 2).exp(),
     )
@@ -59,7 +59,7 @@ def tiny(**arguments):
     small = {"frames": 3, "channels": 8, "fine_channels": 4, "depth": 1, "lead_features": 8, "grid": (8, 8)}
     net = MetNet(**{**small, "attention": attention, "surroundings": 4, **SEES, **arguments})
     for name, weight in net.named_parameters():
-        if "tell" in name or "classify" in name:
+        if "tell" in name or "classify" in name or "local.last" in name:
             torch.nn.init.normal_(weight, std=0.2)
     return net.eval()
 
@@ -89,6 +89,79 @@ def test_a_band_that_is_missing_has_a_mask_of_its_own():
     frames, _ = Inputs(3, **SEES)(replace(batch, satellite=satellite))
     assert frames[:, :, 5].all()
     assert not frames[:, :, 6].any() and not frames[:, :, 4].any()
+
+
+SEVERAL = {"satellite": ("rain", KELVIN, REFLECTANCE), "satellite_frames": (3, 2, 4)}
+CADENCES, BEHIND = (10.0, 15.0, 5.0), (0.0, 5.0, 2.0)  # minutes, of these
+
+
+def several():
+    """Samples with another radar and two satellites, each with its own images and ages."""
+    batch = everything(images=4)
+    satellite = torch.cat([batch.radar[:, [0, 0, 1, 2], None], batch.satellite], dim=2)
+    for band, images in enumerate(SEVERAL["satellite_frames"]):
+        satellite[:, : 4 - images, band] = torch.nan
+    age = torch.arange(3, -1, -1.0)[:, None] * torch.tensor(CADENCES) + torch.tensor(BEHIND)
+    return replace(batch, satellite=satellite, satellite_age=age.repeat(2, 1, 1))
+
+
+def test_each_source_has_values_a_mask_and_an_age_of_its_own():
+    batch = several()
+    frames, stacked = Inputs(3, **SEVERAL)(batch)
+    assert frames.shape == (2, 4, 3 + 3 * 3, 24, 20)
+    assert stacked.shape[1] == 3 * 3 + 4 * 9
+    rain = torch.tanh(torch.log1p(batch.satellite[:, 1:, 0]) / 4)
+    torch.testing.assert_close(frames[:, 1:, 3], rain)
+    torch.testing.assert_close(frames[:, 2:, 4], (batch.satellite[:, 2:, 1] - 250) / 25)
+    masks = frames[:, :, 6:9]
+    assert (masks == masks[:1, :, :, :1, :1]).all()
+    assert masks[0, :, :, 0, 0].T.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+    torch.testing.assert_close(frames[:, :, 9:, 5, 7] * 60, batch.satellite_age)
+
+
+@pytest.mark.parametrize("source", range(3))
+def test_a_hole_in_one_source_changes_its_value_and_its_mask_alone(source):
+    batch, inputs = several(), Inputs(3, **SEVERAL)
+    holed = batch.satellite.clone()
+    holed[:, 2, source, 4:9, 3:8] = torch.nan
+    (before, _), (after, _) = inputs(batch), inputs(replace(batch, satellite=holed))
+    changed = before != after
+    assert set(changed.any(dim=(0, 1, 3, 4)).nonzero().flatten().tolist()) == {3 + source, 6 + source}
+    assert not changed[:, [0, 1, 3]].any()
+    assert changed[:, 2, 6 + source].sum() == 2 * 5 * 5 and changed[:, 2, 6 + source, 4:9, 3:8].all()
+
+
+def test_the_output_depends_on_every_image_of_every_source_and_on_its_age():
+    batch, net = several(), tiny(advection=False, **SEVERAL)
+    told = {name: getattr(batch, name).clone().requires_grad_() for name in ("satellite", "satellite_age")}
+    net.logits(replace(batch, **told)).square().sum().backward()
+    there = (~batch.satellite.isnan()).any(dim=(0, 3, 4))
+    assert there.sum() == sum(SEVERAL["satellite_frames"])
+    assert torch.equal(told["satellite"].grad.abs().sum(dim=(0, 3, 4)) > 0, there)
+    assert (told["satellite_age"].grad.abs().sum(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("gone", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}, {0, 1, 2}])
+def test_whichever_sources_are_missing_the_output_is_finite_and_so_is_its_gradient(gone):
+    batch = several()
+    batch.satellite[:, :, sorted(gone)] = torch.nan
+    net = tiny(advection=False, **SEVERAL)
+    logits = net.logits(batch)
+    gradients = torch.autograd.grad(logits.square().mean(), list(net.parameters()), allow_unused=True)
+    assert logits.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
+@pytest.mark.parametrize("frames", [0, (3, 2), (3, 2, 1, 1), (3, 0, 1), ()])
+def test_images_that_are_not_told_of_each_source_are_refused(frames):
+    with pytest.raises(ValueError, match=r"satellite_frames=.* at least 1 for all 3 .* a number for each"):
+        Inputs(3, SEVERAL["satellite"], frames)
+
+
+def test_ages_of_another_number_of_sources_are_refused():
+    batch = several()
+    with pytest.raises(ValueError, match=r"satellite_age has shape \(4, 1\) a sample: expected \(4, 3\)"):
+        Inputs(3, **SEVERAL)(replace(batch, satellite_age=batch.satellite_age[..., :1]))
 
 
 def test_a_place_is_a_point_on_the_unit_sphere_and_none_is_its_middle():

@@ -61,7 +61,7 @@ def published_batch(side, frames=7, images=7, device="cpu", batch=1, lead_time=(
         cell_size=torch.full((batch,), 1000.0, device=device),
         static=field(1) * 600,
         satellite=field(images, 16) * kelvin[:, 1] + kelvin[:, 0],
-        satellite_age=(torch.arange(images - 1, -1, -1.0) * 15).repeat(batch, 1).to(device),
+        satellite_age=(torch.arange(images - 1, -1, -1.0) * 15).repeat(batch, 1)[..., None].to(device),
         place=field(2) + torch.tensor([-95.0, 37.0], device=device).view(2, 1, 1),
     )
 
@@ -266,6 +266,12 @@ def test_sources_are_named_in_a_configuration_by_centre_and_spread():
     net = preset("small", *(f"+model.{source}" for source in sources))
     assert net.downsampler.first.in_channels == 3 + (2 * 2 + 1) + 2 + 8
     assert net.surroundings.factor == 8
+
+
+def test_another_radar_and_a_satellite_are_named_in_a_configuration_each_with_its_images():
+    net = preset("small", "+model.satellite=[rain,[250,25]]", "+model.satellite_frames=[3,2]")
+    assert net.downsampler.first.in_channels == 3 + 2 * 3
+    assert net.scaling.images == (3, 2) and net.scaling.satellite.rain == (True, False)
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), [("base", 256, 256), ("large", 700, 1100)])

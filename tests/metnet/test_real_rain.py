@@ -9,10 +9,10 @@ import torch
 
 from metnet.attention.axial import AxialAttention
 from metnet.batch import Batch
-from metnet.loss import cross_entropy
 from metnet.model import MetNet
 from pipelines.motion import motion
 from pipelines.sources.fmi import Fmi
+from tests.metnet.learning import learn
 
 AGES = [10.0, 5.0, 0.0]
 LEADS = [5.0, 15.0, 30.0]
@@ -52,19 +52,9 @@ def network(**arguments):
 @pytest.mark.data
 @pytest.mark.slow
 def test_four_real_samples_are_learned_by_heart(data):
-    batch, net, steps, rate = cut(data, 16), network(), 210, 1e-2
+    batch = cut(data, 16)
     assert (batch.target > 0.1).float().mean() > 0.5
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.1)
-    costs = []
-    for _ in range(steps):
-        cost = cross_entropy(net.logits(batch), batch.target, net.bins)
-        costs.append(cost.item())
-        optimizer.zero_grad()
-        cost.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    costs = learn(network(), batch, 210, rate=1e-2)
     assert costs[-1] < 0.05 * costs[0]
 
 

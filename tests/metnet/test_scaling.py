@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from metnet.scaling import RainScaling
+from metnet.scaling import FieldScaling, RainScaling
 
 
 def scaled(*rates):
@@ -33,3 +34,35 @@ def test_each_frame_has_its_own_age():
     out = RainScaling()(radar, age)
     torch.testing.assert_close(out[:, :, 2].amax(dim=(2, 3)), age / 60)
     torch.testing.assert_close(out[:, :, 2].amin(dim=(2, 3)), age / 60)
+
+
+def test_a_channel_of_rain_is_valued_as_the_radar_is_and_the_others_by_their_units():
+    both = torch.tensor([[0.0, 2.0, 10.0, torch.nan], [250.0, 275.0, torch.nan, 300.0]])
+    rain, kelvin, seen, warm = FieldScaling(("rain", (250.0, 25.0)))(both[:, None])[:, 0]
+    value, mask, _ = scaled(*both[0].tolist())
+    assert torch.equal(rain, value) and torch.equal(seen, mask)
+    assert kelvin.tolist() == [0.0, 1.0, 0.0, 2.0] and warm.tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_the_gradient_of_rain_is_finite_where_it_was_not_observed_and_where_it_cannot_be_right():
+    field = torch.tensor([torch.nan, torch.inf, -5.0, 0.0, 3.0]).reshape(1, 1, 5).requires_grad_()
+    scaled = FieldScaling(("rain",))(field)
+    scaled.sum().backward()
+    assert scaled.isfinite().all() and field.grad.isfinite().all()
+    assert field.grad[0, 0, 4] > 0
+
+
+def test_only_centre_and_spread_are_kept_with_the_weights():
+    assert set(FieldScaling(("rain", (250.0, 25.0))).state_dict()) == {"centre", "spread"}
+
+
+@pytest.mark.parametrize("unit", ["rian", (250.0,), (250.0, 0.0), (250.0, float("nan")), (1.0, 2.0, 3.0)])
+def test_what_is_neither_rain_nor_centre_and_spread_is_refused(unit):
+    with pytest.raises(ValueError, match=r"the unit of a channel is .* its spread above 0, or the word rain"):
+        FieldScaling(("rain", unit))
+
+
+def test_a_card_says_of_each_channel_how_it_is_scaled():
+    rain, kelvin = FieldScaling(("rain", (250.0, 25.0))).card()
+    assert rain["value"] == RainScaling().card()["value"]
+    assert kelvin == {"centre": 250.0, "spread": 25.0}

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,20 @@ def s3() -> Iterator[str]:
         os.environ.pop(name)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers as small as those of tests only wait for each other on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def uncalibrated() -> Iterator[None]:
+    """Calibration takes longer than the trainings of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.train._calibrated", lambda *_: None)
+        yield

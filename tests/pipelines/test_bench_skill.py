@@ -120,6 +120,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         bench_skill(str(tmp_path / "x"), {"one": storms(1)}, str(tmp_path), recipe())
 
 
+def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"^out=.*: is a file; expected a folder"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe())
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [*((key, 0) for key in ("runs", "side", "members", "resamples")), ("widened", "nowhere")],

@@ -47,7 +47,7 @@ def cube(tmp_path_factory):
     return filled(path, "radar", cf.RAINFALL_RATE, FIVE, range(12), lambda step: step + HEIGHT / 1000)
 
 
-SEES = Beside(("ir_108", "ir_087"), 3, ("elevation",), True, 4, 2.0)
+SEES = Beside(("ir_108", "ir_087"), (3,), ("elevation",), True, 4, 2.0)
 
 
 def test_a_network_says_what_it_was_made_to_see():
@@ -59,15 +59,15 @@ def test_a_network_says_what_it_was_made_to_see():
         position=True, surroundings=4,
     )  # fmt: skip
     assert Beside.of(network, ["b", "a"], ["elevation"], 3.0) == Beside(
-        ("b", "a"), 3, ("elevation",), True, 4, 3.0
+        ("b", "a"), (3,), ("elevation",), True, 4, 3.0
     )
     one = MetNet1(
         side=64, target=4, frames=3, satellite=goes, first=8, channels=8, memory=8, width=16, heads=2
     )
-    assert Beside.of(one, "ab", ["elevation"]) == Beside(("a", "b"), 3, ("elevation",), True, motion=False)
+    assert Beside.of(one, "ab", ["elevation"]) == Beside(("a", "b"), (3,), ("elevation",), True, motion=False)
     two = MetNet2(side=64, target=16, frames=3, satellite=goes, satellite_frames=2, told=8, memory=8, width=8,
                   blocks=(1, 1), fine_width=8, dense=8)  # fmt: skip
-    assert Beside.of(two, "ab", ["elevation"]) == Beside(("a", "b"), 2, ("elevation",), True, motion=False)
+    assert Beside.of(two, "ab", ["elevation"]) == Beside(("a", "b"), (2,), ("elevation",), True, motion=False)
     assert Beside.of(Persistence()) == Beside(motion=False)
     with pytest.raises(ValueError, match=r"satellite=\['a'\]: this network was made to see 2"):
         Beside.of(network, ["a"], ["elevation"])
@@ -83,13 +83,13 @@ def test_surroundings_that_do_not_surround_are_refused(wrong):
 
 def test_images_are_the_newest_that_there_can_be_with_their_true_ages(cube):
     batch = past(cube, START + 7 * FIVE, 2, [5.0], SEES)  # 00:35, the newest image is of 00:30
-    assert batch.satellite_age.tolist() == [[35.0, 20.0, 5.0]]
+    assert batch.satellite_age.tolist() == [[[35.0], [20.0], [5.0]]]
     assert batch.satellite[0, :, 0, 3, 4].tolist() == [300, 301, 302]  # the first channel asked for
     other = batch.satellite[0, :, 1, 3, 4]
     assert other[:2].tolist() == [200, 201] and other[2].isnan()  # that of 00:30 never came
     early = past(cube, START, 1, [5.0], SEES)
     assert early.satellite[0, :, 0].isnan().all(dim=(1, 2)).tolist() == [True, True, False]
-    assert early.satellite_age.tolist() == [[30.0, 15.0, 0.0]]
+    assert early.satellite_age.tolist() == [[[30.0], [15.0], [0.0]]]
 
 
 @pytest.mark.parametrize("quick", [False, True], ids=["the cube", "its store"])
@@ -138,7 +138,7 @@ def test_what_a_cube_does_not_have_is_not_observed(tmp_path):
     rain = filled(tmp_path / "cube", "radar", cf.RAINFALL_RATE, FIVE, range(3), lambda _: 1.0)
     batch = past(rain, START + 2 * FIVE, 2, [5.0], SEES)
     assert batch.satellite.isnan().all() and batch.static.isnan().all()
-    assert batch.satellite_age[0].diff().lt(0).all()
+    assert batch.satellite_age[0].diff(dim=0).lt(0).all()
     assert batch.place.isfinite().all() and batch.surroundings.isfinite().any()
 
 
@@ -157,7 +157,7 @@ def test_channels_of_other_times_are_refused(tmp_path):
     filled(path, "a", cf.BRIGHTNESS_TEMPERATURE, QUARTER, [0], lambda _: 250)
     filled(path, "b", cf.BRIGHTNESS_TEMPERATURE, FIVE, [0], lambda _: 250)
     with pytest.raises(ValueError, match="b has images at other times than a"):
-        past(Cube.open(str(path)), START, 1, [5.0], Beside(("a", "b"), 1))
+        past(Cube.open(str(path)), START, 1, [5.0], Beside(("a", "b"), (1,)))
 
 
 def test_a_network_that_sees_everything_forecasts_from_what_is_read(cube):

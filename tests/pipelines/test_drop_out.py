@@ -1,6 +1,6 @@
 """What fails is NaN, as often as it was asked for, and never all of it."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -26,11 +26,18 @@ def sample(radar=None):
         cell_size=torch.tensor([1000.0]),
         target=torch.ones(1, 1, SIDE, SIDE),
         static=torch.ones(1, 2, SIDE, SIDE),
-        satellite=torch.ones(1, 3, 2, SIDE, SIDE),
-        satellite_age=torch.tensor([[30.0, 15.0, 0.0]]),
+        satellite=steps[None, :3, None, None, None].repeat(1, 1, 2, SIDE, SIDE),
+        satellite_age=torch.tensor([[[30.0], [15.0], [0.0]]]),
         place=torch.ones(1, 2, SIDE, SIDE),
         surroundings=steps[None, :, None, None].repeat(1, 1, 12, 12),
     )
+
+
+def two_sources():
+    """The same with two sources: three images every 15 minutes, and two every 10."""
+    batch = sample()
+    batch.satellite[:, 0, 1] = torch.nan
+    return replace(batch, satellite_age=torch.tensor([[[30.0, 20.0], [15.0, 10.0], [0.0, 0.0]]]))
 
 
 def dropped(drop_out, number, batch=None):
@@ -105,8 +112,62 @@ def test_a_late_source_lacks_its_newest_frames_and_keeps_an_older_one():
         assert 1 <= newest < FRAMES
         assert torch.equal(gone(kept.radar), gone(kept.surroundings))
         kinds.add((newest, bool(gone(kept.radar)[-1])))
-        assert gone(kept.satellite)[-1] and kept.satellite_age.tolist() == [[30.0, 15.0, 0.0]]
     assert len(kinds) == 2 * (FRAMES - 1)  # each delay, both as missing frames and as older ages
+
+
+def test_each_source_of_images_is_late_by_itself_and_every_image_keeps_its_true_age():
+    kinds = {0: set(), 1: set()}
+    together = []
+    for number in range(400):
+        kept = dropped(DropOut(late=0.5), number, two_sources())
+        late = []
+        for band, (minutes, seen) in enumerate(((15, [1, 2, 3]), (10, [2, 3]))):
+            newest = [image.nan_to_num(0).max().item() for image in kept.satellite[0, :, band]]
+            left = [image for image in newest if image]
+            assert left == seen[: len(left)] or left == seen[-len(left) :]
+            assert all(
+                age == minutes * (3 - image)
+                for image, age in zip(newest, kept.satellite_age[0, :, band].tolist(), strict=True)
+                if image
+            )
+            kinds[band].add((max(newest), newest[-1] == 0))
+            late.append(max(newest) < 3)
+        together.append(tuple(late))
+    assert kinds[0] == {(3, False), (2, False), (2, True), (1, False), (1, True), (0, True)}
+    assert kinds[1] == {(3, False), (2, False), (2, True), (0, True)}
+    for pair in ((False, False), (False, True), (True, False), (True, True)):
+        assert 0.15 < together.count(pair) / 400 < 0.35
+
+
+def test_bands_of_one_source_are_late_together():
+    for number in range(50):
+        kept = dropped(DropOut(late=0.5, sources=0.3), number)
+        assert torch.equal(kept.satellite[:, :, 0].nan_to_num(-1), kept.satellite[:, :, 1].nan_to_num(-1))
+
+
+def test_a_source_of_which_nothing_was_there_is_neither_late_nor_older():
+    batch = two_sources()
+    batch.satellite[:, :, 1] = torch.nan
+    kept = [dropped(DropOut(late=1.0), number, batch) for number in range(20)]
+    assert all(each.satellite[:, :, 1].isnan().all() for each in kept)
+    assert all(torch.equal(each.satellite_age[..., 1], batch.satellite_age[..., 1]) for each in kept)
+    assert len({each.satellite_age[0, -1, 0].item() for each in kept}) > 1
+
+
+@pytest.mark.parametrize("late", [0.0, 1.0])
+def test_a_source_with_one_image_can_only_be_missing(late):
+    batch = two_sources()
+    batch = replace(batch, satellite=batch.satellite[:, -1:], satellite_age=batch.satellite_age[:, -1:])
+    kept = dropped(DropOut(late=late), 0, batch)
+    assert kept.satellite.isnan().all() == bool(late)
+    assert torch.equal(kept.satellite_age, batch.satellite_age)
+
+
+def test_each_of_several_sources_is_missing_by_itself():
+    kept = [dropped(DropOut(sources=0.5), number, two_sources()).satellite for number in range(200)]
+    missing = [tuple(bool(each[:, :, band].isnan().all()) for band in range(2)) for each in kept]
+    for pair in ((False, False), (False, True), (True, False), (True, True)):
+        assert 0.15 < missing.count(pair) / 200 < 0.35
 
 
 def test_a_dead_radar_hides_the_same_cells_of_all_frames_and_of_the_surroundings():

@@ -21,12 +21,14 @@ from metnet.model import MetNet
 from metnet.rain import RainBins
 from pipelines import export_model
 from pipelines.cf import RAINFALL_RATE
+from pipelines.construct import construct
 from pipelines.cube import Cube
 from pipelines.export_model import Graph, export, write_graph
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.plain import rain_cube
 from pipelines.trained import TrainedModel, trained
+from tests.pipelines.training import PUBLISHED
 
 START, FIVE = datetime(2024, 6, 1, tzinfo=UTC), timedelta(minutes=5)
 ROWS, COLUMNS, FRAMES = 22, 17, 3
@@ -43,7 +45,7 @@ def small(**arguments):
     arguments = {"channels": 8, "fine_channels": 4, "depth": 1, "grid": [4, 4], **arguments}
     network = MetNet(FRAMES, attention=attention, **arguments)
     for name, weight in network.named_parameters():
-        if "tell" in name or "classify" in name:
+        if "tell" in name or "classify" in name or "local.last" in name:
             torch.nn.init.normal_(weight, std=0.2)
     return network.eval()
 
@@ -122,7 +124,12 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("arguments", [{"advection": False}, EVERYTHING], ids=["plain", "everything"])
+SEVERAL = {"satellite": ["rain", [250.0, 25.0]], "satellite_frames": [3, 2], "advection": False}
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"advection": False}, EVERYTHING, SEVERAL], ids=["plain", "everything", "several cadences"]
+)
 def test_a_graph_takes_what_its_network_sees_and_no_more(cube, arguments):
     model = made(small(**arguments), cube)
     batch = export_model._real(rain_cube(str(cube)), model, (0, 0, ROWS, COLUMNS), (5.0, 15.0))
@@ -221,6 +228,23 @@ def test_it_says_what_no_graph_can_be_written_for(cube, tmp_path):
     slow = TrainedModel(model.network, {**model.card, "cadence_minutes": [10.0]}, "")
     with pytest.raises(ValueError, match="a frame every 5 min, the model learned from 10 min"):
         written(slow, cube, to)
+
+
+def test_lead_times_that_a_network_never_learned_are_told(cube, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(export_model, "Graph", None)  # it is told before the long work
+    for leads, told in (
+        ((5.0, 15.0), []),
+        ((5.0, 20.0), ["lead times beyond 15 min: the model never saw any"]),
+    ):
+        with pytest.raises(TypeError):
+            written(made(small(), cube), cube, tmp_path / "model.pt2", lead_times=leads)
+        assert caplog.messages == told
+
+
+def test_of_a_published_network_no_graph_is_written_and_that_is_said(cube, tmp_path):
+    network = construct({**PUBLISHED["metnet1"], "_partial_": False}, ("metnet.",))
+    with pytest.raises(ValueError, match="the network is a MetNet1: no graph is written of those published"):
+        written(made(network, cube), cube, tmp_path / "model.pt2")
 
 
 def run_folder(cube, folder):

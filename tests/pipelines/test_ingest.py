@@ -170,6 +170,13 @@ def test_a_mistyped_window_is_an_error_and_no_damage(tmp_path):
     assert not (tmp_path / "cube").exists()
 
 
+@pytest.mark.parametrize("every", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_pause_that_is_none_is_refused_before_anything_is_made(tmp_path, every):
+    with pytest.raises(ValueError, match=rf"^every={every:g}: expected seconds, above 0"):
+        ingest(SMALL, str(tmp_path / "cube"), every=every)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_time_without_files_says_what_there_is(tmp_path):
     with pytest.raises(ValueError, match=r"no files within start=2031-01-01.*2020-06-01"):
         ingest(SMALL, str(tmp_path / "cube"), start="2031-01-01")

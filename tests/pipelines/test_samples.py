@@ -110,6 +110,19 @@ def test_validation_is_the_last_share_behind_a_blackout():
     assert parts.training.tolist() == list(range(2, 82 - SPAN.steps))
 
 
+def test_between_training_and_validation_lies_all_that_another_radar_reaches_back():
+    span = replace(SPAN, back=9)
+    parts = split(np.ones(108, bool), span, 0.2)
+    assert parts.validation[0] - 9 == parts.training[-1] + SPAN.leads[-1] + 1
+    assert replace(SPAN, back=1).steps == SPAN.steps, "the radar itself reaches further"
+    cube = telling(times=108)
+    learned, kept = (Samples(cube, inits, span, crop=16) for inits in (parts.training, parts.validation))
+    check_apart([learned], [kept])
+    later = Samples(cube, parts.training + 1, span, crop=16)
+    with pytest.raises(ValueError, match="hold the same rain"):
+        check_apart([later], [kept])
+
+
 def test_a_cube_too_short_to_split_is_all_for_training():
     parts = split(np.ones(14, bool), SPAN, 0.4)
     assert parts.training.tolist() == [2, 3, 4, 5, 6, 7]
@@ -382,7 +395,7 @@ def test_samples_of_other_lead_times_are_not_put_into_one_batch():
 
 
 def test_a_source_that_none_of_the_cubes_has_is_refused():
-    samples = Samples(telling(), np.arange(2, 30), SPAN, crop=16, beside=Beside(("ir_108",), 2))
+    samples = Samples(telling(), np.arange(2, 30), SPAN, crop=16, beside=Beside(("ir_108",), (2,)))
     with pytest.raises(ValueError, match="ir_108: no such satellite group"):
         Mixed([samples], 4)
 

@@ -1,10 +1,8 @@
-import hashlib
 import json
 import logging
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,14 +10,19 @@ from safetensors.torch import load_file
 from metnet.loss import cross_entropy, crps, ordinal
 from metnet.model import MetNet
 from metnet.rain import RainBins
-from pipelines.cf import BRIGHTNESS_TEMPERATURE, ELEVATION, RAINFALL_RATE
-from pipelines.cube import Cube
-from pipelines.frame import ALWAYS, Frame
-from pipelines.grid import Grid
-from pipelines.static import write_static
 from pipelines.task import Habits, Importance, Numbers, Task
-from tests.pipelines.training import FIVE, MODEL, START, elsewhere, made_cube, patchy, trained_on
+from tests.pipelines.training import (
+    MODEL,
+    PUBLISHED,
+    WIDE,
+    elsewhere,
+    made_cube,
+    made_wide_cube,
+    patchy,
+    trained_on,
+)
 
+pytestmark = pytest.mark.usefixtures("one_thread", "uncalibrated")
 STEPS = 4
 BINS = RainBins((1.0, 5.0, 20.0), 60.0)
 
@@ -28,22 +31,6 @@ BINS = RainBins((1.0, 5.0, 20.0), 60.0)
 def cube(tmp_path_factory):
     """Samples of it differ much in how many pixels were observed."""
     return made_cube(tmp_path_factory.mktemp("cube") / "cube", patchy(40))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _uncalibrated():
-    """Calibration takes longer than these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.train._calibrated", lambda *_: None)
-        yield
 
 
 def weights_of(run):
@@ -226,74 +213,9 @@ def test_what_is_random_in_a_network_follows_from_the_number_of_the_step(cube, t
     assert len({number for _, number in drawn}) == 4
 
 
-GOES = ((250.0, 10.0), (260.0, 10.0))
-PUBLISHED = {
-    "metnet1": {
-        "_target_": "metnet.metnet1.MetNet1",
-        "_partial_": True,
-        "side": 64,
-        "target": 4,
-        "frames": 3,
-        "satellite": GOES,
-        "step": 5.0,
-        "leads": 3,
-        "first": 8,
-        "channels": 8,
-        "memory": 8,
-        "width": 16,
-        "heads": 2,
-        "depth": 2,
-    },
-    "metnet2": {
-        "_target_": "metnet.metnet2.MetNet2",
-        "_partial_": True,
-        "side": 64,
-        "target": 16,
-        "frames": 3,
-        "satellite": GOES,
-        "satellite_frames": 2,
-        "step": 5.0,
-        "leads": 3,
-        "hour": 12,
-        "told": 8,
-        "memory": 8,
-        "width": 8,
-        "blocks": (1, 1),
-        "fine_width": 8,
-        "dense": 8,
-    },
-}
-
-
 @pytest.fixture(scope="module")
 def wide_cube(tmp_path_factory):
-    """Radar, two satellite channels and elevation on 64 x 64 cells."""
-    path = str(tmp_path_factory.mktemp("wide") / "cube")
-    grid = Grid("EPSG:3035", 4e6, 1000.0, 64, 3e6, -1000.0, 64)
-    random = np.random.default_rng(0)
-
-    def filled(group, variable, mean, spread):
-        frames = [
-            Frame(
-                variable,
-                START + i * FIVE,
-                FIVE,
-                grid,
-                random.normal(mean, spread, grid.shape).clip(0).astype(np.float32),
-                "noise",
-                hashlib.sha256(f"{group}{i}".encode()).hexdigest(),
-                group,
-            )
-            for i in range(24)
-        ]
-        Cube.open_or_create(path, grid, variable, START, FIVE, group).write(frames)
-
-    filled("ir_087", BRIGHTNESS_TEMPERATURE, 250, 10)
-    filled("ir_108", BRIGHTNESS_TEMPERATURE, 260, 10)
-    height = np.full(grid.shape, 300.0, np.float32)
-    write_static(path, Frame(ELEVATION, ALWAYS, None, grid, height, "hills", "ab" * 32, "static"))
-    filled("radar", RAINFALL_RATE, 0, 2)
-    return path
+    return made_wide_cube(tmp_path_factory.mktemp("wide") / "cube", 64)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -305,11 +227,9 @@ def test_the_published_networks_are_trained_by_the_same_call_on_the_middle_they_
         tmp_path,
         3,
         model=PUBLISHED[name],
-        crop=64,
-        satellite=["ir_087", "ir_108"],
-        static=["elevation"],
         validation=0.3,
         augment=False,
+        **WIDE,
     )
     assert done.steps == 3
     assert done.validation["val_loss"] > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from lightning import Trainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pipelines.train
@@ -25,29 +25,13 @@ from pipelines.train import train
 from pipelines.trained import trained
 from tests.pipelines.training import ATTENTION, FIVE, MODEL, START, drifting, made_cube, trained_on
 
+pytestmark = pytest.mark.usefixtures("one_thread", "uncalibrated")
 CALIBRATED = pipelines.train._calibrated
 
 
 @pytest.fixture(scope="module")
 def cube(tmp_path_factory):
     return made_cube(tmp_path_factory.mktemp("cube") / "cube", drifting(40))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Layers this small only wait for each other on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _uncalibrated():
-    """Calibration takes longer than these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.train._calibrated", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +61,7 @@ def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_pa
 
     monkeypatch.setattr("pipelines.train.Task", remembered)
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 3, "validation": 0.0}
-    settings["prior_steps"] = 5
+    settings |= {"prior_samples": 4, "prior_steps": 5, "local_steps": 5}
     train(
         str(cube), str(tmp_path), construct(MODEL, ("metnet.",)), partial(Trainer, max_steps=3, accelerator="cpu"),
         config={"model": MODEL}, **settings,
@@ -171,7 +155,7 @@ def test_a_run_folder_of_another_call_names_only_what_differs(cube, run, monkeyp
         trained_on(cube, run, steps=6)
 
 
-def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp_path):
+def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp_path, monkeypatch):
     place = tmp_path / "run" / "prior.safetensors"
     with pytest.raises(ValueError, match="max_steps"):
         trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
@@ -181,14 +165,22 @@ def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp
     assert place.read_bytes() == first
     with pytest.raises(ValueError, match="max_steps"):
         trained_on(cube, tmp_path / "run", steps=-5, prior_steps=9)
-    assert place.read_bytes() != first
+    second = place.read_bytes()
+    assert second != first
+    monkeypatch.setattr("pipelines.train.rank_zero_only.rank", 1, raising=False)
+    with pytest.raises(ValueError, match="max_steps"):
+        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
+    assert place.read_bytes() == first, "a process that comes before the first one sees it too"
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         *((key, 0) for key in ("leads_per_step", "check_every", "batch_size")),
-        *((key, -1) for key in ("crop", "workers", "validation_samples", "prior_steps", "seed")),
+        *(
+            (key, -1)
+            for key in ("crop", "workers", "validation_samples", "prior_steps", "local_steps", "seed")
+        ),
         *(("learning_rate", rate) for rate in (0.0, -1.0, float("nan"), float("inf"))),
         *(("importance", steps) for steps in ([[5]], [[5, 2, 3]], [[5, 2], [5, 3]])),
         ("start", "2030-01-01"),
@@ -203,7 +195,9 @@ def test_a_wrong_value_is_refused_by_its_name_before_any_work(cube, tmp_path, ke
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("precision", name) for name in ("16-true", "bf16-true", "64-true")),
+        *(("precision", name) for name in ("16-mixed", "16-true", "bf16-true", "64-true")),
+        ("log_every_n_steps", -1),
+        *((key, 2) for key in ("devices", "num_nodes")),
         *(("accumulate_grad_batches", count) for count in (0, -2)),
         *(("gradient_clip_val", norm) for norm in (-1.0, float("nan"))),
     ],
@@ -211,6 +205,31 @@ def test_a_wrong_value_is_refused_by_its_name_before_any_work(cube, tmp_path, ke
 def test_what_lightning_would_take_and_get_wrong_is_refused(cube, tmp_path, key, value):
     with pytest.raises(ValueError, match=rf"^trainer\.{key}={value}: expected"):
         trained_on(cube, tmp_path / "run", steps=1, trainer={key: value})
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+def test_16_bits_of_little_range_are_refused_by_what_to_take_wherever_they_are_asked_for(
+    cube, tmp_path, accelerator
+):
+    with pytest.raises(ValueError, match=r"^trainer\.precision=16-mixed: .*take bf16-mixed"):
+        trained_on(cube, tmp_path, steps=1, trainer={"accelerator": accelerator, "precision": "16-mixed"})
+
+
+def test_several_processes_want_a_strategy_and_the_refusal_names_it(cube, tmp_path):
+    with pytest.raises(ValueError, match=r"devices=2: expected 1 with strategy=alone; .* strategy=ddp"):
+        trained_on(cube, tmp_path, steps=1, trainer={"devices": 2})
+
+
+def test_that_nothing_is_validated_without_samples_is_said(cube, tmp_path, caplog, monkeypatch):
+    kept = []
+    monkeypatch.setattr("pipelines.train._calibrated", lambda network, validation: kept.append(validation))
+    with caplog.at_level(logging.WARNING):
+        result = trained_on(cube, tmp_path, steps=1, validation_samples=0)
+    assert "validation_samples=0: nothing is validated" in caplog.text
+    assert not result.validation and kept == [[]]
+    caplog.clear()
+    trained_on(cube, tmp_path / "none", steps=1, validation_samples=0, validation=0.0)
+    assert "nothing is validated" not in caplog.text, "as it was asked for"
 
 
 def test_a_file_is_no_run_folder(cube, tmp_path):
@@ -393,9 +412,99 @@ def test_the_prior_is_fitted_first_and_kept_for_a_training_that_goes_on(cube, tm
     assert fitted["val_loss"] < plain["val_loss"]
     kept = load_file(tmp_path / "fitted" / "prior.safetensors")
     assert kept["level"].any() and torch.equal(kept["level"], weights_of(tmp_path / "fitted")["prior.level"])
+    save_file(kept, tmp_path / "fitted" / "prior.safetensors")  # what it was fitted for, nobody asks
     before = (tmp_path / "fitted" / "prior.safetensors").stat().st_mtime_ns
     trained_on(cube, tmp_path / "fitted", steps=2, learning_rate=1e-9, prior_steps=40)
     assert (tmp_path / "fitted" / "prior.safetensors").stat().st_mtime_ns == before
+
+
+def local_of(run):
+    """What is local, as it was fitted."""
+    return load_file(run / "local.safetensors")
+
+
+def test_what_is_local_is_fitted_after_the_prior_and_kept_for_a_training_that_goes_on(cube, tmp_path):
+    start = {"learning_rate": 1e-9, "prior_steps": 5}
+    without = trained_on(cube, tmp_path / "without", steps=1, local_steps=0, **start).validation
+    with_it = trained_on(cube, tmp_path / "with", steps=1, local_steps=40, **start).validation
+    assert with_it["val_loss"] < without["val_loss"]
+    assert not local_of(tmp_path / "without")["last.weight"].any()
+    priors = [load_file(tmp_path / name / "prior.safetensors")["level"] for name in ("with", "without")]
+    assert torch.equal(*priors), "what the prior learns does not hang on it"
+    kept = local_of(tmp_path / "with")
+    trained_weights = weights_of(tmp_path / "with")
+    for name, weight in kept.items():
+        torch.testing.assert_close(trained_weights[f"local.{name}"], weight, atol=1e-6, rtol=0)
+    assert kept["last.weight"].any()
+    place = tmp_path / "with" / "local.safetensors"
+    before = place.stat().st_mtime_ns
+    trained_on(cube, tmp_path / "with", steps=2, local_steps=40, **start)
+    assert place.stat().st_mtime_ns == before
+
+
+def test_what_is_local_is_loaded_by_a_training_that_was_stopped_before_its_first_step(
+    cube, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipelines.train._fit", None)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3, learning_rate=1e-9)
+    monkeypatch.undo()
+    kept = local_of(tmp_path)
+    monkeypatch.setattr("pipelines.train._fit_on_pixels", None)
+    trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3, learning_rate=1e-9)
+    assert torch.equal(local_of(tmp_path)["first.weight"], kept["first.weight"])
+    weights = weights_of(tmp_path)
+    torch.testing.assert_close(weights["local.first.weight"], kept["first.weight"], atol=1e-6, rtol=0)
+    assert torch.equal(weights["local.spread"], kept["spread"])
+
+
+def test_what_is_local_is_fitted_anew_where_half_of_the_start_is_missing(cube, tmp_path):
+    with pytest.raises(ValueError, match="max_steps"):
+        trained_on(cube, tmp_path, steps=-5, prior_steps=3, local_steps=3)
+    prior, local = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("prior", "local"))
+    (tmp_path / "local.safetensors").unlink()
+    with pytest.raises(ValueError, match="max_steps"):
+        trained_on(cube, tmp_path, steps=-5, prior_steps=3, local_steps=3)
+    assert (tmp_path / "prior.safetensors").read_bytes() == prior
+    assert (tmp_path / "local.safetensors").read_bytes() == local, "to the same weights"
+
+
+def test_what_is_local_is_left_out_where_it_makes_the_validation_worse(cube, tmp_path, monkeypatch, caplog):
+    def spoil(self, *_, **__):
+        torch.nn.init.constant_(self.last.bias, 3.0)
+        self.last.bias.data[0] = -3.0  # never dry
+        self.centre.fill_(1.0)
+
+    monkeypatch.setattr("metnet.local.Local.fit", spoil)
+    trained_on(cube, tmp_path, steps=1, prior_steps=3, learning_rate=1e-9)
+    assert "what is local makes the validation worse by" in caplog.text
+    kept = local_of(tmp_path)
+    assert not kept["last.bias"].any() and not kept["last.weight"].any() and not kept["centre"].any()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_from_what_was_fitted(cube, tmp_path, monkeypatch):
+    step, fitted = Task.training_step, {"prior_steps": 3, "local_steps": 3}
+
+    def mortal(self, batch, batch_idx):
+        if self.global_step == 4:
+            raise TypeError
+        return step(self, batch, batch_idx)
+
+    trained_on(cube, tmp_path / "whole", steps=5, **fitted)
+    monkeypatch.setattr(Task, "training_step", mortal)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path / "killed", steps=5, **fitted)
+    monkeypatch.undo()
+    trained_on(cube, tmp_path / "killed", steps=5, **fitted)
+    whole, killed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
+    assert not torch.equal(whole["local.last.weight"], local_of(tmp_path / "whole")["last.weight"])
+    assert all(torch.equal(weight, whole[name]) for name, weight in killed.items())
+
+
+def test_without_validation_what_is_local_is_kept_as_fitted(cube, tmp_path, caplog):
+    trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3, validation=0.0)
+    assert local_of(tmp_path)["last.weight"].any()
+    assert caplog.text == ""
 
 
 def test_several_cubes_are_learned_from_and_others_validated_on(cube, tmp_path):
@@ -436,6 +545,11 @@ def test_the_card_holds_a_calibration_and_every_score_by_lead_time(cube, tmp_pat
         assert set(row) == {"crps", "brier_0.1", "brier_1", "csi_1", "reliability_1"}
         assert all(len(values) == 3 for values in row.values())
     assert trained(tmp_path).calibration is not None
+
+
+def test_a_network_that_is_not_calibrated_is_named(caplog):
+    assert CALIBRATED(torch.nn.Identity(), [None]) is None
+    assert "not calibrated" in caplog.text and "Identity" in caplog.text
 
 
 def test_what_a_training_says_of_itself_is_in_csv_tensorboard_pictures_and_one_file_of_scores(cube, tmp_path):

@@ -12,10 +12,27 @@ from safetensors.torch import save
 from metnet.batch import Batch
 from metnet.calibration import Calibration
 from metnet.decision import Cuts
+from metnet.scores.crps import Crps
+from pipelines.baselines.persistence import Persistence
+from pipelines.beside import Beside, Sides
 from pipelines.construct import construct
+from pipelines.forecast import forecast
 from pipelines.motion import motion
-from pipelines.trained import TrainedModel, trained
-from tests.pipelines.training import MODEL, drifting
+from pipelines.past import cut
+from pipelines.plain import rain_cube
+from pipelines.trained import TrainedModel, trained, untrained
+from pipelines.verify import verify
+from tests.pipelines.training import (
+    FIVE,
+    MODEL,
+    PUBLISHED,
+    START,
+    WIDE,
+    drifting,
+    made_cube,
+    made_wide_cube,
+    trained_on,
+)
 
 LEADS = torch.tensor([5.0, 10.0])
 
@@ -97,3 +114,113 @@ def test_motion_is_that_of_the_newest_frames_that_hold_anything():
     TrainedModel(Network(), {}, "")(batch)
     np.testing.assert_array_equal(seen[0][0].numpy(), motion(rain[:4], age[:4].tolist()))
     assert np.abs(seen[0].numpy()).max() > 0.1
+
+
+# ---- published networks, which forecast the middle of what they see ---------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_cube(tmp_path_factory):
+    """Eight cells wider than what the networks see."""
+    return made_wide_cube(tmp_path_factory.mktemp("wide") / "cube", 72)
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request, wide_cube, tmp_path_factory):
+    """The run folder of one of them, trained for a step."""
+    folder = tmp_path_factory.mktemp(request.param)
+    trained_on(wide_cube, folder, 1, model=PUBLISHED[request.param], validation=0.0, **WIDE)
+    return folder
+
+
+def seen_by(model, cube, place=None):
+    """What a network sees of a cube, or of a window of it, a good hour after its start."""
+    opened = rain_cube(cube)
+    sides = Sides(opened, Beside.of(model.network, WIDE["satellite"], WIDE["static"]))
+    window = (0, 0, *opened.grid.shape) if place is None else (*place, 64, 64)
+    return cut(sides, START + 14 * FIVE, model.frames, (5.0, 10.0), window)
+
+
+def test_a_published_network_forecasts_every_cell_that_has_enough_around_it_and_no_other(
+    published, wide_cube
+):
+    model = trained(published)
+    size, target = 72, model.network.target
+    batch = seen_by(model, wide_cube)
+    forecast = model(batch)
+    edge = (64 - target) // 2
+    inside = torch.zeros(size, size, dtype=torch.bool)
+    inside[edge : size - edge, edge : size - edge] = True
+    observed = torch.ones(1, 2, size, size)
+    for field in (
+        forecast.probability_above(1.0), forecast.quantile(0.5), forecast.mean(), forecast.crps(observed)
+    ):  # fmt: skip
+        assert field.shape == observed.shape
+        assert torch.equal(field.isnan(), ~inside.expand_as(field))
+    for start, count in ((0, min(target, 8)), (8, target)):  # of a tile of 16 cells the next one takes half
+        with torch.no_grad():
+            there = model.network(seen_by(model, wide_cube, (start, start)))
+        cells = slice(start + edge, start + edge + count)
+        expected = (
+            there.mean()[..., :count, :count],
+            there.crps(observed[..., :target, :target])[..., :count, :count],
+        )
+        torch.testing.assert_close(forecast.mean()[..., cells, cells], expected[0])
+        torch.testing.assert_close(forecast.crps(observed)[..., cells, cells], expected[1])
+
+
+def test_a_published_network_counts_its_lead_times_from_the_newest_frame_however_late_that_is(
+    published, wide_cube
+):
+    model = trained(published)
+    new = seen_by(model, wide_cube)
+    late = replace(
+        new,
+        age=new.age + 5,
+        init_time=new.init_time + 300,
+        satellite_age=new.satellite_age + 5,
+        lead_time=torch.tensor([5.0]),
+    )
+    mean = model(replace(new, lead_time=torch.tensor([10.0]))).mean()
+    torch.testing.assert_close(model(late).mean(), mean, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(model(late).mean().nan_to_num(), model(new).mean()[:, :1].nan_to_num())
+    two = replace(late, radar=late.radar.repeat(2, 1, 1, 1), age=torch.cat([new.age, late.age]))
+    with pytest.raises(ValueError, match=r"\[0\.0, 5\.0\] minutes old: .* one age"):
+        model(two)
+
+
+def test_a_run_of_a_published_network_is_forecast_with_and_verified(published, wide_cube, tmp_path):
+    model = trained(published)
+    done = forecast(wide_cube, model, str(tmp_path / "forecasts"), init_time="2024-06-01T01:10Z")
+    share = (8 + model.network.target) ** 2 / 72**2
+    assert done.covered == pytest.approx(share)
+    assert f"by {type(model.network).__name__}" in str(done) and f"{share:.0%} of the cells" in str(done)
+    baselines = {"persistence": Persistence()}
+    result = verify(
+        wide_cube, str(tmp_path / "forecasts"), str(tmp_path / "report"), [Crps()], baselines, "persistence",
+        resamples=10,
+    )  # fmt: skip
+    assert result.report.skill.pixels.sum() == 3 * (8 + model.network.target) ** 2
+
+
+def test_it_says_what_a_published_network_cannot_do(published, wide_cube, tmp_path):
+    model = trained(published)
+    small = made_cube(tmp_path / "small", drifting(20))
+    with pytest.raises(
+        ValueError, match=r"24 x 32 cells: a MetNet\d that sees 64 x 64 .*wants at least as many"
+    ):
+        forecast(small, model, str(tmp_path / "forecasts"))
+    with pytest.raises(ValueError, match=r"lead times? 20 min: .* to 15 min"):
+        model(replace(seen_by(model, wide_cube), lead_time=torch.tensor([20.0])))
+    with pytest.raises(ValueError, match="of a network with advection"):
+        untrained(published)
+    (published / "prior.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="has no prior"):
+        untrained(published)
+    (published / "prior.safetensors").unlink()
+
+
+def test_a_model_of_another_kind_is_refused_by_what_it_is(run):
+    rewritten(run, config={"model": {"_target_": "metnet.rain.RainBins.preferred", "_partial_": True}})
+    with pytest.raises(ValueError, match="its model is a RainBins; expected a MetNet, MetNet1 or MetNet2"):
+        trained(run)

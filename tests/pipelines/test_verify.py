@@ -393,6 +393,12 @@ def test_a_period_without_runs_is_refused_with_those_there_are(
         verified(cube, store, tmp_path / "report", start="2021-01-01")
 
 
+def test_a_file_in_place_of_the_report_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "report").touch()
+    with pytest.raises(ValueError, match=r"^report=.*: is a file; expected a folder"):
+        verify("no cube", "no forecasts", str(tmp_path / "report"), [], {})
+
+
 def test_no_resamples_are_refused(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resamples=0: expected at least 1"):
         verified(cube, store, tmp_path / "report", resamples=0)

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from lightning import Trainer
 
-from pipelines.cf import RAINFALL_RATE
+from pipelines.cf import BRIGHTNESS_TEMPERATURE, ELEVATION, RAINFALL_RATE
 from pipelines.construct import construct
 from pipelines.cube import Cube
-from pipelines.frame import Frame
+from pipelines.frame import ALWAYS, Frame
 from pipelines.grid import Grid
+from pipelines.static import write_static
 from pipelines.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -48,11 +49,57 @@ SMALL = {
     "batch_size": 2,
     "check_every": 3,
     "prior_steps": 0,
+    "prior_samples": 8,
+    "local_steps": 2,
     "validation_samples": 3,
     "leads_per_step": 2,
     "learning_rate": 0.01,
     "pictures": False,
 }
+
+
+GOES = ((250.0, 10.0), (260.0, 10.0))
+PUBLISHED = {  # tiny ones, which see 64 x 64 cells
+    "metnet1": {
+        "_target_": "metnet.metnet1.MetNet1",
+        "_partial_": True,
+        "side": 64,
+        "target": 4,
+        "frames": 3,
+        "satellite": GOES,
+        "step": 5.0,
+        "leads": 3,
+        "first": 8,
+        "channels": 8,
+        "memory": 8,
+        "width": 16,
+        "heads": 2,
+        "depth": 2,
+    },
+    "metnet2": {
+        "_target_": "metnet.metnet2.MetNet2",
+        "_partial_": True,
+        "side": 64,
+        "target": 16,
+        "frames": 3,
+        "satellite": GOES,
+        "satellite_frames": 2,
+        "step": 5.0,
+        "leads": 3,
+        "hour": 12,
+        "told": 8,
+        "memory": 8,
+        "width": 8,
+        "blocks": (1, 1),
+        "fine_width": 8,
+        "dense": 8,
+    },
+}
+WIDE = {
+    "crop": 64,
+    "satellite": ["ir_087", "ir_108"],
+    "static": ["elevation"],
+}  # beside the rain of `made_wide_cube`
 
 
 def drifting(count):
@@ -88,6 +135,35 @@ def made_cube(path, fields, start=START):
         for i, rain in enumerate(fields)
     ]
     Cube.open_or_create(str(path), grid, RAINFALL_RATE, start, FIVE).write(frames)
+    return str(path)
+
+
+def made_wide_cube(path, side):
+    """Radar, two satellite channels and elevation on side x side cells: two hours of noise."""
+    grid = Grid("EPSG:3035", 4e6, 1000.0, side, 3e6, -1000.0, side)
+    random = np.random.default_rng(0)
+
+    def filled(group, variable, mean, spread):
+        frames = [
+            Frame(
+                variable,
+                START + i * FIVE,
+                FIVE,
+                grid,
+                random.normal(mean, spread, grid.shape).clip(0).astype(np.float32),
+                "noise",
+                hashlib.sha256(f"{group}{i}".encode()).hexdigest(),
+                group,
+            )
+            for i in range(24)
+        ]
+        Cube.open_or_create(str(path), grid, variable, START, FIVE, group).write(frames)
+
+    filled("ir_087", BRIGHTNESS_TEMPERATURE, 250, 10)
+    filled("ir_108", BRIGHTNESS_TEMPERATURE, 260, 10)
+    height = np.full(grid.shape, 300.0, np.float32)
+    write_static(str(path), Frame(ELEVATION, ALWAYS, None, grid, height, "hills", "ab" * 32, "static"))
+    filled("radar", RAINFALL_RATE, 0, 2)
     return str(path)
 
 

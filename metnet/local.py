@@ -1,0 +1,264 @@
+"""`Local`: what a pixel's own surroundings in the carried frames tell beyond the prior, pixel by pixel.
+
+A prior of neighbourhoods knows how wide to look at each lead time, not whether rain grows here, flickers from
+frame to frame, or ends. A small perceptron on such numbers is fitted on single pixels drawn from everywhere:
+it learns in a minute what convolutions over whole maps learn in hours, and has too few weights to know an
+event by heart.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from metnet.head import Link
+from metnet.prior import BLOCK, REFERENCE, SIDES, AdvectionPrior, Pixels, means
+from metnet.rain import RainBins
+from metnet.scaling import scaled_rain
+
+WET = 0.03  # scaled: 0.13 mm/h
+FEWEST = 0.02  # of a neighbourhood's cells; the mean of fewer is drawn towards 0
+RATES = (0.1, 0.5, 2.0, 5.0, 15.0)  # mm/h at which the prior's exceedance is told
+LIKELIEST = 9.0  # of a logit of the prior that is told
+FARTHEST = 4.0  # standard deviations; what lies farther counts as this far
+AREA = 9  # blocks of 16 cells along a side of the area whose pace is told
+UNKNOWN_PACE = 1.5  # where no rain tells it: a widening over 3 cells
+DROPPED = 0.2  # share of the hidden numbers dropped in fitting
+PIXELS_A_STEP = 8192
+FOLLOWED = 0.02  # of each step, by the averaged weights
+WEIGHT_DECAY = 0.1
+
+
+def described(frames: int) -> int:
+    """How many numbers `describe` tells of a pixel, of so many carried frames."""
+    return 6 * len(SIDES) - 1 + 2 + (frames - 1) + 8
+
+
+class Local(nn.Module):
+    """Numbers to be added to those that spell the prior; zeros, before anything is learned.
+
+    Args:
+        bins: the classes of rain.
+        frames: how many carried frames are told of.
+        hidden: width of the one hidden layer.
+        numbers: how many numbers spell a distribution.
+    """
+
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, bins: RainBins, frames: int, hidden: int, numbers: int):
+        super().__init__()
+        self.classes = [_class_from(bins, rate) for rate in RATES]
+        inputs = described(frames) + len(RATES)
+        self.register_buffer("centre", torch.zeros(inputs))
+        self.register_buffer("spread", torch.ones(inputs))
+        self.first = nn.Conv2d(inputs, hidden, 1)
+        self.last = nn.Conv2d(hidden, numbers, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(
+        self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
+    ) -> Float[Tensor, "sample number Y X"]:
+        """From what `describe` tells, and the log-probabilities of the prior."""
+        return self._numbers(self._hidden(told, prior))
+
+    def fit(
+        self, pixels: Pixels, prior: AdvectionPrior, link: Link, steps: int, rate: float = 3e-3, seed: int = 0
+    ) -> None:
+        """Learns what makes the rain that fell at some pixels likelier than the prior has it.
+
+        Raises:
+            ValueError: if there are no pixels.
+        """
+        if not len(pixels):
+            raise ValueError("no observed pixel to fit on")
+        said = _said(prior, pixels)
+        with torch.no_grad():
+            inputs = self._inputs(_as_map(pixels.told), _as_map(said))
+            self.centre.copy_(inputs.mean(dim=(0, 2, 3)))
+            self.spread.copy_(inputs.std(dim=(0, 2, 3), correction=0).clamp(min=0.02))
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+        average = copy.deepcopy(self)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (0.005 + 0.5 * (1 + math.cos(math.pi * step / steps)))
+            some = torch.randint(0, len(pixels), (PIXELS_A_STEP,), generator=generator)
+            loss = self._cost(pixels.told[some], said[some], pixels.fell[some], link, generator)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            with torch.no_grad():
+                for kept, newest in zip(average.parameters(), self.parameters(), strict=True):
+                    kept.lerp_(newest, max(FOLLOWED, 1 / (1 + step)))
+        self.load_state_dict(average.state_dict())
+
+    @torch.no_grad()
+    def gain(self, pixels: Pixels, prior: AdvectionPrior, link: Link) -> float:
+        """By how much it makes what fell at some pixels likelier than the prior alone (nats a pixel)."""
+        said = _said(prior, pixels)
+        with_it = self._cost(pixels.told, said, pixels.fell, link)
+        return (F.nll_loss(said, pixels.fell) - with_it).item()
+
+    def _cost(
+        self,
+        told: Float[Tensor, "pixel feature"],
+        said: Float[Tensor, "pixel bin"],
+        fell: Int[Tensor, "pixel"],
+        link: Link,
+        dropping: torch.Generator | None = None,
+    ) -> Float[Tensor, ""]:
+        """The mean of -log P of what fell; of hidden numbers that are dropped, the others take the place."""
+        prior = _as_map(said)
+        hidden = self._hidden(_as_map(told), prior)
+        if dropping is not None:
+            kept = torch.rand(hidden.shape, generator=dropping) >= DROPPED
+            hidden = hidden * kept / (1 - DROPPED)
+        spelt = link.numbers(prior[:, None])[:, 0] + self._numbers(hidden)
+        return F.cross_entropy(link.logits(spelt[:, None])[0, 0, :, :, 0].T, fell)
+
+    def _hidden(
+        self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
+    ) -> Float[Tensor, "sample hidden Y X"]:
+        """The hidden layer."""
+        far = (self._inputs(told, prior) - self.centre[:, None, None]) / self.spread[:, None, None]
+        near = far.clamp(-FARTHEST, FARTHEST).contiguous(memory_format=torch.channels_last)
+        return F.gelu(self.first(near))
+
+    def _numbers(self, hidden: Float[Tensor, "sample hidden Y X"]) -> Float[Tensor, "sample number Y X"]:
+        """The last layer."""
+        numbers: Tensor = self.last(hidden)
+        return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+    def _inputs(
+        self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
+    ) -> Float[Tensor, "sample input Y X"]:
+        """What is told, and the logits of exceeding some rates by the prior."""
+        above = prior.detach().exp().flip(1).cumsum(dim=1).flip(1)[:, self.classes]
+        least = 1 / (1 + math.exp(LIKELIEST))
+        return torch.cat([told, above.clamp(least, 1 - least).logit()], dim=1)
+
+
+@torch.no_grad()
+def _said(prior: AdvectionPrior, pixels: Pixels) -> Float[Tensor, "pixel bin"]:
+    """Log-probabilities of the prior, some pixels at a time."""
+    return torch.cat([prior.at(pixels.some(part)) for part in torch.split(torch.arange(len(pixels)), 2**16)])
+
+
+def _as_map(pixels: Float[Tensor, "pixel channel"]) -> Float[Tensor, "1 channel pixel 1"]:
+    """Single pixels as a map one pixel wide."""
+    return pixels.T[None, :, :, None]
+
+
+def _class_from(bins: RainBins, rate: float) -> int:
+    """The class that begins nearest to a rate (mm/h)."""
+    distances = [abs(math.log(edge / rate)) for edge in bins.edges]
+    return 1 + distances.index(min(distances))
+
+
+@torch.no_grad()
+def describe(
+    carried: Float[Tensor, "batch frame lead Y X"],
+    ahead: Float[Tensor, "batch lead Y X"],
+    age: Float[Tensor, "batch frame"],
+    cell_size: Float[Tensor, "batch"],
+    motion: Float[Tensor, "batch 2 Y X"],
+    paces: Float[Tensor, "batch 2 Y X"],
+) -> Float[Tensor, "sample feature Y X"]:
+    """What is known around each pixel at each lead time, of frames that were carried there; never NaN.
+
+    For every neighbourhood of the prior the mean of the scaled rate and its spread, the mean over the frames
+    and how they differ, the trend from the oldest to the newest, and how much was observed.
+
+    Args:
+        carried: mm/h, the newest first, in which an older frame fills what a newer one did not see.
+        ahead: minutes that the first of them was carried, at each pixel.
+        age: minutes, of the frames.
+        cell_size: metres.
+        motion: cells a minute.
+        paces: as `pace` tells them.
+    """
+    leads = carried.shape[2]
+    frames = rearrange(carried, "batch frame lead y x -> (batch lead) frame y x")
+    seen = (~frames.isnan()).to(frames.dtype)
+    value = scaled_rain(frames) * seen
+    count = seen.sum(dim=1, keepdim=True)
+    mean = value.sum(dim=1, keepdim=True) / count.clamp(min=1)
+    change = ((value**2).sum(dim=1, keepdim=True) / count.clamp(min=1) - mean**2).clamp(min=0).sqrt()
+    ever = (count > 0).to(frames.dtype)
+    wet = (value.amax(dim=1, keepdim=True) > WET).to(frames.dtype)
+    both = seen[:, :1] * seen[:, -1:]
+    trend = (value[:, :1] - value[:, -1:]) * both
+    newest = value[:, :1]
+    fields = torch.cat([seen[:, :1], newest, newest**2, ever, mean, change, wet, both, trend], dim=1)
+    told = [value[:, 1:], F.max_pool2d(newest, 5, stride=1, padding=2), count / frames.shape[1]]
+    for index, near in enumerate(means(fields)):
+        share, rate, square, known, average, differ, rainy, shared, tend = torch.split(near, 1, dim=1)
+        rate = rate / share.clamp(min=FEWEST)
+        told += [share, rate, average / known.clamp(min=FEWEST), differ / known.clamp(min=FEWEST)]
+        told.append(tend / shared.clamp(min=FEWEST))
+        if index > 0:
+            told.append((square / share.clamp(min=FEWEST) - rate**2).clamp(min=0).sqrt())
+        if index >= len(SIDES) - 2:
+            told.append(differ / (rainy + 0.05))
+    told.append((rearrange(ahead, "batch lead y x -> (batch lead) 1 y x") / REFERENCE).log())
+    rows, columns = frames.shape[2:]
+    speed = torch.linalg.vector_norm(motion, dim=1, keepdim=True) * cell_size[:, None, None, None]
+    same = [torch.log1p(speed / 300), paces]  # 300 metres a minute: 5 m/s
+    still = torch.stack([(cell_size / 1000).log(), torch.log1p(age.mean(dim=1) / 5)], dim=1)
+    same.append(repeat(still, "batch two -> batch two y x", y=rows, x=columns))
+    told.append(repeat(torch.cat(same, dim=1), "batch c y x -> (batch lead) c y x", lead=leads))
+    return torch.cat(told, dim=1)
+
+
+@torch.no_grad()
+def pace(frames: Float[Tensor, "batch frame Y X"]) -> Float[Tensor, "batch 2 Y X"]:
+    """How fast the rain changes: as much as a widening over how many cells would change it (log2).
+
+    Of frames carried to the init time, the newest first: what has changed since the frame before, and since
+    the oldest, in areas of some 150 cells. Whoever widens a forecast as fast widens it rightly here.
+    """
+    seen = (~frames.isnan()).to(frames.dtype)
+    value = scaled_rain(frames) * seen
+    newest, here = value[:, :1], seen[:, :1]
+    near = [rate / share.clamp(min=FEWEST) for rate, share in _pairs(means(torch.cat([newest, here], dim=1)))]
+    told = []
+    for older in (1, -1) if frames.shape[1] > 1 else (0, 0):
+        past, there = value[:, older].unsqueeze(1), here * seen[:, older].unsqueeze(1)
+        wet = ((newest > WET) | (past > WET)) * there
+        costs = [(newest - other) ** 2 * wet for other in (past, *near[1:])]
+        rain, changed, *widened = torch.split(_areas(torch.cat([wet, *costs], dim=1)), 1, dim=1)
+        told.append(_width(changed, widened, rain))
+    fine = F.interpolate(torch.cat(told, dim=1), scale_factor=4 * BLOCK, mode="bilinear", align_corners=False)
+    return fine[..., : frames.shape[2], : frames.shape[3]]
+
+
+def _pairs(fields: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(field[:, :1], field[:, 1:]) for field in fields]
+
+
+def _areas(field: Float[Tensor, "batch channel Y X"]) -> Float[Tensor, "batch channel rows columns"]:
+    """Means over wide areas, in blocks of 16 cells; what lies outside counts as 0."""
+    down, right = (-size % (4 * BLOCK) for size in field.shape[2:])
+    blocks = F.avg_pool2d(F.pad(field, (0, right, 0, down)), 4 * BLOCK)
+    return F.avg_pool2d(blocks, AREA, stride=1, padding=AREA // 2)
+
+
+def _width(changed: Tensor, widened: Sequence[Tensor], rain: Tensor) -> Tensor:
+    """The logarithm (base 2) of the side at which a widening costs as much as was changed."""
+    told = torch.full_like(changed, math.log2(SIDES[-1]))
+    costs = [torch.zeros_like(changed), *widened]
+    steps = list(pairwise(zip(SIDES, costs, strict=True)))
+    for (narrow, less), (wide, more) in reversed(steps):
+        part = ((changed - less) / (more - less).clamp(min=1e-9)).clamp(0, 1)
+        between = math.log2(narrow) + part * math.log2(wide / narrow)
+        told = torch.where(changed <= more, between, told)
+    return torch.where(rain > 1e-3, told, torch.full_like(told, UNKNOWN_PACE))

@@ -1,0 +1,29 @@
+"""Where something is to be written: looked at before any work, so that nothing is lost at its end."""
+
+from pathlib import Path
+
+
+def folder(key: str, path: str) -> Path:
+    """A folder that is there, or can be made.
+
+    Raises:
+        ValueError: naming the key if a file stands there, or in the way.
+    """
+    place = Path(path)
+    nearest = next(each for each in (place, *place.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        what = "is a file" if nearest == place else f"{nearest} is a file"
+        raise ValueError(f"{key}={path}: {what}; expected a folder, which is made if it is not there")
+    return place
+
+
+def untaken(key: str, path: str) -> Path:
+    """A place at which there is nothing yet.
+
+    Raises:
+        ValueError: naming the key if there is something.
+    """
+    place = Path(path)
+    if place.exists():
+        raise ValueError(f"{key}={path}: something is there already; remove it, or give another place")
+    return place
