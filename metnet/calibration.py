@@ -19,8 +19,8 @@ from torch import Tensor
 from metnet.rain import BinnedForecast, RainBins
 
 REFERENCE = 20.0  # minutes at which offset and slope are their `level`
-ALIKE = 1000.0  # pixels of one storm err together: so many of them tell as much as one
-DOUBT = 1.0  # how far from leaving all as it is the numbers may lie before anything is seen
+ALIKE = 20_000.0  # pixels of one event err together: so many of them tell as much as one
+DOUBT = 0.3  # how far from leaving all as it is the numbers may lie before anything is seen
 LEAST, MOST = 1e-6, 1 - 1e-6  # probabilities that a logit is taken of
 STEPS = 40  # of the fit, which is nearly quadratic
 

@@ -37,7 +37,7 @@ WEIGHT_DECAY = 0.1
 
 def described(frames: int) -> int:
     """How many numbers `describe` tells of a pixel, of so many carried frames."""
-    return 6 * len(SIDES) - 1 + 2 + (frames - 1) + 8
+    return 6 * len(SIDES) - 1 + 2 + (frames - 1) + 6
 
 
 class Local(nn.Module):
@@ -169,21 +169,18 @@ def describe(
     carried: Float[Tensor, "batch frame lead Y X"],
     ahead: Float[Tensor, "batch lead Y X"],
     age: Float[Tensor, "batch frame"],
-    cell_size: Float[Tensor, "batch"],
-    motion: Float[Tensor, "batch 2 Y X"],
     paces: Float[Tensor, "batch 2 Y X"],
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel at each lead time, of frames that were carried there; never NaN.
 
     For every neighbourhood of the prior the mean of the scaled rate and its spread, the mean over the frames
-    and how they differ, the trend from the oldest to the newest, and how much was observed.
+    and how they differ, the trend from the oldest to the newest, and how much was observed. Not the size of a
+    cell, nor how fast the rain moves: where few events are learned from, such numbers name the event.
 
     Args:
         carried: mm/h, the newest first, in which an older frame fills what a newer one did not see.
         ahead: minutes that the first of them was carried, at each pixel.
         age: minutes, of the frames.
-        cell_size: metres.
-        motion: cells a minute.
         paces: as `pace` tells them.
     """
     leads = carried.shape[2]
@@ -211,11 +208,8 @@ def describe(
             told.append(differ / (rainy + 0.05))
     told.append((rearrange(ahead, "batch lead y x -> (batch lead) 1 y x") / REFERENCE).log())
     rows, columns = frames.shape[2:]
-    speed = torch.linalg.vector_norm(motion, dim=1, keepdim=True) * cell_size[:, None, None, None]
-    same = [torch.log1p(speed / 300), paces]  # 300 metres a minute: 5 m/s
-    still = torch.stack([(cell_size / 1000).log(), torch.log1p(age.mean(dim=1) / 5)], dim=1)
-    same.append(repeat(still, "batch two -> batch two y x", y=rows, x=columns))
-    told.append(repeat(torch.cat(same, dim=1), "batch c y x -> (batch lead) c y x", lead=leads))
+    old = repeat(torch.log1p(age.mean(dim=1) / 5), "batch -> batch 1 y x", y=rows, x=columns)
+    told.append(repeat(torch.cat([paces, old], dim=1), "batch c y x -> (batch lead) c y x", lead=leads))
     return torch.cat(told, dim=1)
 
 

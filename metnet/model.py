@@ -324,7 +324,7 @@ def _told(
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
     each = torch.arange(len(newest), device=newest.device)[:, None, None, None]
     ahead = lead_time[:, None, None] + rain.age[each, frame.long()]
-    return describe(filled, ahead, rain.age, rain.cell_size, rain.motion, rain.paces)
+    return describe(filled, ahead, rain.age, rain.paces)
 
 
 class Stream(nn.Module):

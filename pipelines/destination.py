@@ -7,9 +7,13 @@ def folder(key: str, path: str) -> Path:
     """A folder that is there, or can be made.
 
     Raises:
-        ValueError: naming the key if a file stands there, or in the way.
+        ValueError: naming the key if a file stands there or in the way, it is a URL, or a link to nothing.
     """
+    if "://" in path:
+        raise ValueError(f"{key}={path}: is a URL; expected a local folder, which is made if it is not there")
     place = Path(path)
+    if place.is_symlink() and not place.exists():
+        raise ValueError(f"{key}={path}: is a link to nothing; remove it, or give another folder")
     nearest = next(each for each in (place, *place.absolute().parents) if each.exists())
     if not nearest.is_dir():
         what = "is a file" if nearest == place else f"{nearest} is a file"

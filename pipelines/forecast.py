@@ -26,7 +26,7 @@ from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
 from pipelines.run_facts import CALIBRATED, INPUT_AGE, RunFacts
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
-from pipelines.trained import TrainedModel, trained
+from pipelines.trained import TrainedModel, trained, with_motion
 from pipelines.version import version
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,8 @@ def _run(
     }
     header = replace(header, attributes={**header.attributes, **facts})
     in_tiles = isinstance(model, TrainedModel) and beside == RADAR_ALONE
+    if in_tiles:
+        batch = with_motion(batch)  # of the whole grid: where tiles told their own, seams would show
     blocks = (tiled if in_tiles else whole)(model, batch, header)
     run = _Run(missing)
     if store.write_run(header, run.counting(blocks, header)) is None:  # another process was first

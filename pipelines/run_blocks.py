@@ -14,7 +14,7 @@ from metnet.rain import EnsembleForecast, RainForecast
 from pipelines.runs import RunBlock, RunHeader
 
 TILE = 512  # cells a side that a network forecasts at once; whole chunks of a forecast store
-HALO = 64  # cells around a tile that the network sees too
+HALO = 128  # cells around a tile that the network sees too
 CELLS_AT_ONCE = 1500 * 1500  # an ensemble of more is tabulated one lead time after the other, as it is stored
 RATES_AT_ONCE = 2**28  # of all lead times of a member in one call: 1 GiB
 
@@ -61,13 +61,15 @@ def tiled(forecaster: Forecaster, batch: Batch, header: RunHeader) -> Iterator[R
         return
     beyond = (HALO, HALO + -x_size % TILE, HALO, HALO + -y_size % TILE)
     surrounded = F.pad(batch.radar, beyond, value=torch.nan)
+    moving = None if batch.motion is None else F.pad(batch.motion, beyond, mode="replicate")
     for y in range(0, y_size, TILE):
         for x in range(0, x_size, TILE):
             rows, columns = slice(y, min(y + TILE, y_size)), slice(x, min(x + TILE, x_size))
             if unseen[rows, columns].all():
                 continue  # what no block covers is NaN
-            near = surrounded[..., y : y + TILE + 2 * HALO, x : x + TILE + 2 * HALO]
-            forecast = forecaster(replace(batch, radar=near.contiguous()))
+            seen = (..., slice(y, y + TILE + 2 * HALO), slice(x, x + TILE + 2 * HALO))
+            motion = None if moving is None else moving[seen].contiguous()
+            forecast = forecaster(replace(batch, radar=surrounded[seen].contiguous(), motion=motion))
             place = _Place(leads, rows, columns, _inner(rows), _inner(columns))
             yield _block(forecast, header, place, unseen)
 

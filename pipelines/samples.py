@@ -53,6 +53,7 @@ class Span:
             if not whole:
                 raise ValueError(
                     f"lead_times: {lead:g} minutes is no multiple of the cube's cadence, {minutes:g} minutes"
+                    ", above 0"
                 )
         leads = tuple(round(lead / minutes) for lead in lead_times)
         if not leads or list(leads) != sorted(set(leads)):

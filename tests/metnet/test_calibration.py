@@ -81,7 +81,7 @@ def test_what_is_too_sure_or_too_wet_becomes_reliable_on_other_data(sureness, bi
     assert off(calibration.of(raw)) < 0.03
     assert (cost(calibration.of(raw)) < cost(raw)).all()
     line = calibration.line(LEADS)
-    torch.testing.assert_close(line[..., 1], torch.full((3, 3), 1 / sureness), atol=0.08, rtol=0)
+    torch.testing.assert_close(line[..., 1], torch.full((3, 3), 1 / sureness), atol=0.12, rtol=0)
     torch.testing.assert_close(line[..., 0], torch.full((3, 3), -bias / sureness), atol=0.12, rtol=0)
 
 

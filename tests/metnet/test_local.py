@@ -41,12 +41,9 @@ def told_of(carried, **changed):
     """What `describe` tells of these frames, in rain that drifts."""
     frames, leads, rows, columns = carried.shape[1:]
     ahead = LEADS[:leads, None, None].expand(1, leads, rows, columns)
-    motion = torch.tensor([0.4, -0.2])[None, :, None, None].expand(1, 2, rows, columns)
     arguments = {
         "ahead": ahead,
         "age": torch.arange(frames)[None] * 5.0,
-        "cell_size": torch.tensor([1000.0]),
-        "motion": motion,
         "paces": torch.ones(1, 2, rows, columns),
         **changed,
     }

@@ -24,3 +24,11 @@ def test_what_is_there_is_not_written_over(tmp_path):
     assert untaken("to", str(tmp_path / "new")) == tmp_path / "new"
     with pytest.raises(ValueError, match=r"^to=.*: something is there already"):
         untaken("to", str(tmp_path))
+
+
+def test_a_url_and_a_link_to_nothing_are_no_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"^run=s3://bucket/run: is a URL; expected a local folder"):
+        folder("run", "s3://bucket/run")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"^run=.*link: is a link to nothing"):
+        folder("run", str(tmp_path / "link"))

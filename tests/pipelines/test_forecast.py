@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from scipy.ndimage import gaussian_filter
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration, undone
@@ -390,6 +391,31 @@ def test_a_network_gives_the_same_run_in_tiles_as_at_once(tmp_path, monkeypatch)
     unseen = np.isnan(field)
     assert np.array_equal(np.isnan(once["rainfall_rate_mean"][0]), unseen)
     assert once["probability_of_exceedance"][0, 0].values[~unseen].mean() > 0.5
+
+
+def test_all_tiles_are_told_the_motion_of_the_whole_grid(tmp_path, monkeypatch):
+    rain = gaussian_filter(np.random.default_rng(0).normal(size=(48, 40)), 2) * 40
+    cube = make_cube(tmp_path / "cube", {5.0 * i: np.roll(rain, i, 1).clip(min=0) for i in range(4)})
+    told = []
+
+    class Listening(Network):
+        def __call__(self, batch: Batch) -> BinnedForecast:
+            told.append(batch.motion)
+            return super().__call__(batch)
+
+    model = replace(network(), network=Listening(frames=4))  # type: ignore[arg-type]
+    forecast(cube, model, str(tmp_path / "once"))
+    (whole,) = told
+    told.clear()
+    monkeypatch.setattr(run_blocks, "TILE", 16)
+    monkeypatch.setattr(run_blocks, "HALO", 4)
+    forecast(cube, model, str(tmp_path / "tiles"))
+
+    assert whole.abs().max() > 0.05 and len(told) == 9
+    corners = [(y, x) for y in range(0, 48, 16) for x in range(0, 40, 16)]
+    for (y, x), motion in zip(corners, told, strict=True):
+        part = whole[..., y : y + 16, x : x + 16]
+        assert torch.equal(motion[..., 4 : 4 + part.shape[2], 4 : 4 + part.shape[3]], part)
 
 
 def test_a_large_grid_is_written_lead_by_lead_to_the_same_run(tmp_path, monkeypatch):
