@@ -55,7 +55,8 @@ class StaticFields:
             ValueError: if there is none of that name.
         """
         if name not in self.variables:
-            raise ValueError(f"{self.path}: no static field {name!r}; it has {', '.join(self.variables)}")
+            there = ", ".join(sorted(self.variables))
+            raise ValueError(f"{self.path}: no static field {name!r}; it has {there}")
         return np.asarray(self._group[name][:], np.float32)  # type: ignore[index]
 
     def source(self, name: str) -> str:
