@@ -155,7 +155,11 @@ class MetNet(nn.Module):
         rain = self._moving(whole)
         carried = rain.carried(whole.lead_time)
         newest, frame = _newest(carried)
-        told = None if self.local is None else _told(rain, carried, newest, frame, whole.lead_time)
+        told = (
+            None
+            if self.local is None
+            else _told(carried, newest, frame, whole.lead_time, rain.age, rain.paces)
+        )
         down, right = (
             full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
         )
@@ -208,7 +212,7 @@ class MetNet(nn.Module):
         numbers = self._numbers(field, fine + self.stream(carried, newest), told, lead)
         said = self.prior(newest, lead_time, past.rain.cell_size, past.rain.age, frame)
         if self.local is not None:
-            known = _told(past.rain, carried, newest, frame, lead_time)
+            known = _told(carried, newest, frame, lead_time, past.rain.age, past.rain.paces)
             added = self.local(known, said.flatten(0, 1))
             numbers = numbers + rearrange(
                 added, "(batch lead) number y x -> batch lead number y x", lead=lead
@@ -314,17 +318,18 @@ def _newest(
 
 
 def _told(
-    rain: Moving,
     carried: Float[Tensor, "batch frame lead Y X"],
     newest: Float[Tensor, "batch lead Y X"],
     frame: UInt8[Tensor, "batch lead Y X"],
     lead_time: Float[Tensor, "lead"],
+    age: Float[Tensor, "batch frame"],
+    paces: Float[Tensor, "batch 2 Y X"],
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel; `newest` and `frame` as `_newest` tells them."""
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
     each = torch.arange(len(newest), device=newest.device)[:, None, None, None]
-    ahead = lead_time[:, None, None] + rain.age[each, frame.long()]
-    return describe(filled, ahead, rain.age, rain.paces)
+    ahead = lead_time[:, None, None] + age[each, frame.long()]
+    return describe(filled, ahead, age, paces)
 
 
 class Stream(nn.Module):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -184,7 +184,9 @@ def test_a_published_network_counts_its_lead_times_from_the_newest_frame_however
     mean = model(replace(new, lead_time=torch.tensor([10.0]))).mean()
     torch.testing.assert_close(model(late).mean(), mean, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(model(late).mean().nan_to_num(), model(new).mean()[:, :1].nan_to_num())
-    two = replace(late, radar=late.radar.repeat(2, 1, 1, 1), age=torch.cat([new.age, late.age]))
+    held = {field.name: getattr(late, field.name) for field in fields(late)}
+    twice = {name: torch.cat([value, value]) for name, value in held.items() if value is not None}
+    two = Batch(**{**twice, "age": torch.cat([new.age, late.age]), "lead_time": late.lead_time})
     with pytest.raises(ValueError, match=r"\[0\.0, 5\.0\] minutes old: .* one age"):
         model(two)
 
