@@ -32,6 +32,7 @@ COMMANDS = (
     "inspect",
     "rollback",
     "train",
+    "train-head",
     "forecast",
     "verify",
     "bench-skill",
@@ -84,7 +85,8 @@ def _leading_comments(lines: list[str]) -> Iterator[str]:
     for line in lines:
         if not line.startswith("#"):
             return
-        yield line
+        if not line.startswith("# @"):  # which Hydra reads
+            yield line
 
 
 def _keys(lines: list[str]) -> Iterator[Key]:
@@ -174,7 +176,7 @@ def compose(command: str, words: list[str]) -> Any:
             config = hydra.compose(
                 command, choices + [_override(key, text, _is_path(plain, key, text)) for key, text in values]
             )
-        missing = sorted(OmegaConf.missing_keys(config))
+        missing = sorted(_missing(OmegaConf.to_container(config)))
         if missing:
             raise UsageError(_say_missing(command, missing))
         OmegaConf.resolve(config)
@@ -303,6 +305,14 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[str]:
         yield from _flatten(value, f"{prefix}{key}.")
 
 
+def _missing(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of keys without a value, also where others refer to them."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if value == "???":
+            yield f"{prefix}{key}"
+        yield from _missing(value, f"{prefix}{key}.")
+
+
 def _say_missing(command: str, missing: list[str]) -> str:
     meanings = {key.name: key.meaning for key in read_page(CONFIGS / f"{command}.yaml").keys}
     wanted = "; ".join(f"{key}= ({meanings[key]})" if key in meanings else f"{key}=" for key in missing)
@@ -338,7 +348,9 @@ def call(config: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation wants; a call that is still to be made fits any class."""
+    """Whether a value is what an annotation wants; a call that is still to be made fits any."""
+    if isinstance(value, dict) and "_target_" in value:
+        return True
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if get_origin(hint) in (list, Sequence):

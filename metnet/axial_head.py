@@ -5,6 +5,7 @@ axial decoder (Ho et al. 2019, arXiv 1912.12180, sections 3.1 and 3.2).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from metnet.attention.decoder import AxialDecoder, AxialSliceDecoder, ChannelEncoder, gumbel
 from metnet.batch import Batch
+from metnet.calibration import Calibration
 from metnet.model import MetNet
-from metnet.rain import EnsembleForecast, RainBins
+from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
 
+RAREST = 1e-6  # probability of a class: a calibration may say 0, of which there is no logarithm
 UNSEEN = 0  # the code of a pixel that was not observed; class k has the code k + 1
 
 
@@ -58,7 +61,7 @@ class AxialHead(nn.Module):
         super().__init__()
         rows, columns = grid
         codes = len(bins) + 1
-        self.bins, self.leads = bins, leads
+        self.bins, self.grid, self.leads = bins, (rows, columns), leads
         self.decoder = AxialSliceDecoder(
             ChannelEncoder(
                 rows, columns, codes, leads, dim, heads, encoder_layers, cond_dim=len(bins), dropout=dropout
@@ -99,16 +102,37 @@ class AxialHead(nn.Module):
         target: Float[Tensor, "batch lead y x"],
         index: Int[Tensor, "batch"],
     ) -> Float[Tensor, ""]:
-        """The mean of log P over the observed pixels of lead time number `index` of each sample (nats)."""
+        """The mean of log P over the observed pixels of lead time number `index` of each sample (nats).
+
+        Raises:
+            ValueError: for another grid or number of lead times.
+        """
+        joint = self.given_before(logits, target, index)
+        each = torch.arange(len(target), device=target.device)
+        fell = self.bins.classify(target[each, index])
+        score = F.cross_entropy(joint, fell, ignore_index=UNSEEN - 1, reduction="sum")
+        return -score / (fell >= 0).sum().clamp(min=1)
+
+    def given_before(
+        self,
+        logits: Float[Tensor, "batch lead bin y x"],
+        target: Float[Tensor, "batch lead y x"],
+        index: Int[Tensor, "batch"],
+    ) -> Float[Tensor, "batch bin y x"]:
+        """Logits of each pixel of lead time number `index` of each sample, given the target (mm/h) before it.
+
+        Before it are the maps of earlier lead times, the rows above, and what lies to the left.
+
+        Raises:
+            ValueError: for another grid or number of lead times.
+        """
+        self._check(logits)
         codes = self.bins.classify(target) + 1
         each = torch.arange(len(codes), device=codes.device)
         of_lead = logits[each, index].log_softmax(dim=1)
         told = self.decoder.encoder(codes, index, _above(of_lead))
         added = self.decoder.decoder.logits(codes[each, index], told)[..., 1:]
-        joint = rearrange(added, "batch y x bin -> batch bin y x") + of_lead
-        fell = codes[each, index] - 1
-        score = F.cross_entropy(joint, fell, ignore_index=UNSEEN - 1, reduction="sum")
-        return -score / (fell >= 0).sum().clamp(min=1)
+        return rearrange(added, "batch y x bin -> batch bin y x") + of_lead
 
     @torch.no_grad()
     def members(
@@ -124,9 +148,8 @@ class AxialHead(nn.Module):
         Raises:
             ValueError: for another grid or number of lead times.
         """
+        self._check(logits)
         batch, leads, bins, rows, columns = logits.shape
-        if leads != self.leads:
-            raise ValueError(f"logits have {leads} lead times: expected the {self.leads} of this head")
         every = repeat(logits.log_softmax(dim=2), "batch ... -> (batch member) ...", member=count)
         codes = torch.zeros(batch * count, leads, rows, columns, dtype=torch.long, device=logits.device)
         for lead in range(leads):
@@ -138,6 +161,17 @@ class AxialHead(nn.Module):
         level = torch.rand(len(codes), leads, 1, 1, generator=generator).to(every)
         rates = self._rates(codes - 1, level)
         return rearrange(rates, "(batch member) lead y x -> batch member lead y x", member=count)
+
+    def _check(self, logits: Float[Tensor, "batch lead bin y x"]) -> None:
+        """Refuses what the head was not made for."""
+        leads, grid = logits.shape[1], tuple(logits.shape[3:])
+        if leads != self.leads:
+            raise ValueError(f"{leads} lead times: expected the {self.leads} that this head draws")
+        if grid != self.grid:
+            raise ValueError(
+                f"a grid of {grid[0]} x {grid[1]} cells: this head draws maps of {self.grid[0]} x "
+                f"{self.grid[1]}; give it a window of that size, or train one for this grid"
+            )
 
     def _rates(
         self, classes: Int[Tensor, "n lead y x"], level: Float[Tensor, "n lead 1 1"]
@@ -151,49 +185,107 @@ class AxialHead(nn.Module):
 class Coherent(nn.Module):
     """A `Forecaster` of members that cohere: a network says what each pixel's rain may be, a head draws maps.
 
+    The network is frozen: learning from `logits` teaches the head alone.
+
     Args:
         network: whose distributions are drawn around.
         head: made for the network's classes.
         count: members of a forecast.
         seed: the same seed draws the same members of the same batch.
+        lead_times: minutes that the head draws, all of them whichever are asked for; none: any, as many as
+            the head draws.
+        calibration: of the network's probabilities; None: they are taken as they are.
     """
 
-    def __init__(self, network: MetNet, head: AxialHead, count: int = 24, seed: int = 0):
+    def __init__(
+        self,
+        network: MetNet,
+        head: AxialHead,
+        count: int = 24,
+        seed: int = 0,
+        lead_times: Sequence[float | int] = (),
+        calibration: Calibration | None = None,
+    ):
         super().__init__()
         if network.bins != head.bins:
             raise ValueError(f"the head draws classes {head.bins}: expected the network's, {network.bins}")
         if count < 1:
             raise ValueError(f"count={count}: expected at least 1 member")
-        self.network, self.head = network, head
+        if lead_times and len(lead_times) != head.leads:
+            raise ValueError(f"lead_times={list(lead_times)}: expected the {head.leads} that the head draws")
+        self.network, self.head = network.requires_grad_(False).eval(), head
         self.count, self.seed = count, seed
+        self.lead_times, self.calibration = tuple(lead_times), calibration
 
     @property
     def frames(self) -> int:
         """How many past frames, the one at init_time included, it wants to see."""
         return self.network.frames
 
+    @property
+    def bins(self) -> RainBins:
+        """The classes of rain."""
+        return self.network.bins
+
+    def train(self, mode: bool = True) -> "Coherent":
+        """Sets the head to learn, or to forecast; the network only ever forecasts."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
     def forward(self, batch: Batch) -> EnsembleForecast:
-        """The members (mm/h) at `batch.lead_time`, whose shares are the marginal distributions."""
-        return EnsembleForecast(self.members(batch, self.count, torch.Generator().manual_seed(self.seed)))
+        """The members (mm/h) at `batch.lead_time`, whose shares are the marginal distributions.
+
+        Raises:
+            ValueError: for another grid, or lead times that the head does not draw.
+        """
+        whole, asked = self._whole(batch)
+        members = self.members(whole, self.count, torch.Generator().manual_seed(self.seed))
+        return EnsembleForecast(members[:, :, asked])
 
     def members(
         self, batch: Batch, count: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, "batch member lead y x"]:
         """Draws `count` members (mm/h) of each sample."""
-        with torch.no_grad():
-            return self.head.members(self.network.logits(batch), count, generator)
+        return self.head.members(self.alone(batch), count, generator)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Float[Tensor, ""]:
-        """What the head is trained by (nats a pixel); the network stays as it is.
+    def logits(self, batch: Batch) -> Float[Tensor, "batch lead bin y x"]:
+        """Logits of each pixel given the pixels of `batch.target` before it: what a loss wants.
+
+        The loss of these is -log P of the maps that fell. They are no forecast, since they know what fell
+        beside each pixel.
 
         Raises:
-            ValueError: if the batch has no target.
+            ValueError: if the batch has no target, or is not what the head was made for.
         """
         if batch.target is None:
             raise ValueError("the batch has no target: expected one made by Samples")
-        with torch.no_grad():
-            logits = self.network.logits(batch)
-        return self.head.loss(logits, batch.target, generator)
+        alone, target = self.alone(batch), batch.target
+        each = [torch.full((len(target),), lead, device=target.device) for lead in range(target.shape[1])]
+        return torch.stack([self.head.given_before(alone, target, index) for index in each], dim=1)
+
+    @torch.no_grad()
+    def alone(self, batch: Batch) -> Float[Tensor, "batch lead bin y x"]:
+        """Logits of the network alone, calibrated: of draws that know nothing of each other."""
+        logits = self.network.logits(batch)
+        if self.calibration is None:
+            return logits
+        said = BinnedForecast(logits.float().softmax(dim=2), self.bins)
+        return self.calibration(said, batch.lead_time).probability.clamp(min=RAREST).log()
+
+    def _whole(self, batch: Batch) -> tuple[Batch, list[int]]:
+        """The batch at all lead times of the head, and the places of those that are asked for."""
+        leads = batch.lead_time.tolist()
+        if not self.lead_times:
+            return batch, list(range(len(leads)))
+        if unknown := [lead for lead in leads if lead not in self.lead_times]:
+            known = ", ".join(f"{lead:g}" for lead in self.lead_times)
+            raise ValueError(
+                f"lead_times={unknown}: this head draws maps at {known} min; ask for some of these, or train "
+                "a head for others"
+            )
+        every = torch.tensor(self.lead_times).to(batch.lead_time)
+        return replace(batch, lead_time=every), [self.lead_times.index(lead) for lead in leads]
 
 
 def window_mean(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metnet.head import Link
-from metnet.prior import BLOCK, REFERENCE, SIDES, AdvectionPrior, Pixels, means
+from metnet.prior import BLOCK, NEAR, REFERENCE, AdvectionPrior, Pixels, means
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain
 
@@ -30,6 +30,7 @@ FARTHEST = 4.0  # standard deviations; what lies farther counts as this far
 AREA = 9  # blocks of 16 cells along a side of the area whose pace is told
 UNKNOWN_PACE = 1.5  # where no rain tells it: a widening over 3 cells
 DROPPED = 0.2  # share of the hidden numbers dropped in fitting
+CELLS_AT_ONCE = 2**15  # bands of this size stay in a processor's cache
 PIXELS_A_STEP = 8192
 FOLLOWED = 0.02  # of each step, by the averaged weights
 WEIGHT_DECAY = 0.1
@@ -37,7 +38,7 @@ WEIGHT_DECAY = 0.1
 
 def described(frames: int) -> int:
     """How many numbers `describe` tells of a pixel, of so many carried frames."""
-    return 6 * len(SIDES) - 1 + 2 + (frames - 1) + 6
+    return 6 * len(NEAR) - 1 + 2 + (frames - 1) + 6
 
 
 class Local(nn.Module):
@@ -68,7 +69,9 @@ class Local(nn.Module):
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
     ) -> Float[Tensor, "sample number Y X"]:
         """From what `describe` tells, and the log-probabilities of the prior."""
-        return self._numbers(self._hidden(told, prior))
+        rows = max(1, CELLS_AT_ONCE // (len(told) * told.shape[3]))
+        bands = zip(torch.split(told, rows, dim=2), torch.split(prior, rows, dim=2), strict=True)
+        return torch.cat([self._numbers(self._hidden(*band)) for band in bands], dim=2)
 
     def fit(
         self, pixels: Pixels, prior: AdvectionPrior, link: Link, steps: int, rate: float = 3e-3, seed: int = 0
@@ -129,9 +132,8 @@ class Local(nn.Module):
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
     ) -> Float[Tensor, "sample hidden Y X"]:
         """The hidden layer."""
-        far = (self._inputs(told, prior) - self.centre[:, None, None]) / self.spread[:, None, None]
-        near = far.clamp(-FARTHEST, FARTHEST).contiguous(memory_format=torch.channels_last)
-        return F.gelu(self.first(near))
+        inputs = self._inputs(told, prior).sub_(self.centre[:, None, None]).div_(self.spread[:, None, None])
+        return F.gelu(self.first(inputs.clamp_(-FARTHEST, FARTHEST)))
 
     def _numbers(self, hidden: Float[Tensor, "sample hidden Y X"]) -> Float[Tensor, "sample number Y X"]:
         """The last layer."""
@@ -142,7 +144,10 @@ class Local(nn.Module):
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
     ) -> Float[Tensor, "sample input Y X"]:
         """What is told, and the logits of exceeding some rates by the prior."""
-        above = prior.detach().exp().flip(1).cumsum(dim=1).flip(1)[:, self.classes]
+        said = prior.detach().exp()
+        ends = pairwise([*self.classes, said.shape[1]])
+        between = torch.stack([said[:, low:high].sum(dim=1) for low, high in ends], dim=1)
+        above = between.flip(1).cumsum(dim=1).flip(1)
         least = 1 / (1 + math.exp(LIKELIEST))
         return torch.cat([told, above.clamp(least, 1 - least).logit()], dim=1)
 
@@ -173,8 +178,8 @@ def describe(
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel at each lead time, of frames that were carried there; never NaN.
 
-    For every neighbourhood of the prior the mean of the scaled rate and its spread, the mean over the frames
-    and how they differ, the trend from the oldest to the newest, and how much was observed. Not the size of a
+    For every neighbourhood of `NEAR` the mean of the scaled rate and its spread, the mean over the frames and
+    how they differ, the trend from the oldest to the newest, and how much was observed. Not the size of a
     cell, nor how fast the rain moves: where few events are learned from, such numbers name the event.
 
     Args:
@@ -204,7 +209,7 @@ def describe(
         told.append(tend / shared.clamp(min=FEWEST))
         if index > 0:
             told.append((square / share.clamp(min=FEWEST) - rate**2).clamp(min=0).sqrt())
-        if index >= len(SIDES) - 2:
+        if index >= len(NEAR) - 2:
             told.append(differ / (rainy + 0.05))
     told.append((rearrange(ahead, "batch lead y x -> (batch lead) 1 y x") / REFERENCE).log())
     rows, columns = frames.shape[2:]
@@ -248,9 +253,9 @@ def _areas(field: Float[Tensor, "batch channel Y X"]) -> Float[Tensor, "batch ch
 
 def _width(changed: Tensor, widened: Sequence[Tensor], rain: Tensor) -> Tensor:
     """The logarithm (base 2) of the side at which a widening costs as much as was changed."""
-    told = torch.full_like(changed, math.log2(SIDES[-1]))
+    told = torch.full_like(changed, math.log2(NEAR[-1]))
     costs = [torch.zeros_like(changed), *widened]
-    steps = list(pairwise(zip(SIDES, costs, strict=True)))
+    steps = list(pairwise(zip(NEAR, costs, strict=True)))
     for (narrow, less), (wide, more) in reversed(steps):
         part = ((changed - less) / (more - less).clamp(min=1e-9)).clamp(0, 1)
         between = math.log2(narrow) + part * math.log2(wide / narrow)

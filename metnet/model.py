@@ -25,12 +25,12 @@ from metnet.head import Categorical, Head, Link, climatology, spelt
 from metnet.inputs import Inputs
 from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
 from metnet.local import Local, describe, pace
-from metnet.prior import SIDES, AdvectionPrior, Pixels, neighbourhoods, pixels
+from metnet.prior import NEAR, AdvectionPrior, Pixels, neighbourhoods, pixels
 from metnet.rain import BinnedForecast, RainBins
 from metnet.scaling import RainScaling, Unit
 from metnet.surroundings import Surroundings
 
-PIXELS_AT_ONCE = 2**19  # of all lead times together at full resolution; bounds the memory of a forecast
+PIXELS_AT_ONCE = 2**18  # of all lead times together at full resolution; bounds the memory of a forecast
 CARRIED = 3  # newest frames that are carried along their motion
 AXIAL = partial(AxialAttention, heads=4, dim_index=1)
 CATEGORICAL = Categorical()
@@ -133,9 +133,15 @@ class MetNet(nn.Module):
         past = self.encode(batch)
         pixels = past.fine[:, 0].numel() * (1 if self.planes is None else self.scaling.time)
         at_once = max(1, PIXELS_AT_ONCE // pixels)
-        leads = [self.decode(past, lead).softmax(dim=2) for lead in torch.split(batch.lead_time, at_once)]
+        rain = None if past.rain is None else past.rain.carried(batch.lead_time)
+        shape = len(past.fine), len(batch.lead_time), len(self.bins), *past.fine.shape[2:]
+        said = past.fine.new_empty(shape, dtype=torch.promote_types(past.fine.dtype, torch.float32))
+        for leads in torch.split(torch.arange(len(batch.lead_time)), at_once):
+            part = slice(int(leads[0]), int(leads[-1]) + 1)
+            carried = None if rain is None else rain[:, :, part]
+            said[:, part] = self.decode(past, batch.lead_time[part], carried).softmax(dim=2)
         rows, columns = batch.radar.shape[2:]
-        return BinnedForecast(torch.cat(leads, dim=1)[..., :rows, :columns], self.bins)
+        return BinnedForecast(said[..., :rows, :columns], self.bins)
 
     def logits(self, batch: Batch) -> Float[Tensor, "batch lead bin y x"]:
         """Unnormalised log-probabilities of the classes, all lead times in one pass: what a loss wants."""
@@ -197,8 +203,16 @@ class MetNet(nn.Module):
         placed: Tensor = self.positions(self.memory(steps))
         return placed
 
-    def decode(self, past: "Past", lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch lead bin Y X"]:
-        """Logits at each lead time (minutes): attention that knows the lead time, then full resolution."""
+    def decode(
+        self,
+        past: "Past",
+        lead_time: Float[Tensor, "lead"],
+        carried: Float[Tensor, "batch frame lead Y X"] | None = None,
+    ) -> Float[Tensor, "batch lead bin Y X"]:
+        """Logits at each lead time (minutes): attention that knows the lead time, then full resolution.
+
+        `carried` is what `past.rain` is carried to; it is carried there if none is given.
+        """
         lead = len(lead_time)
         told = repeat(self.lead_time(lead_time), "lead feature -> (batch lead) feature", batch=len(past.fine))
         field = self._coarse(past, lead_time).contiguous(memory_format=torch.channels_last)
@@ -207,17 +221,16 @@ class MetNet(nn.Module):
         fine = repeat(past.fine, "batch c y x -> (batch lead) c y x", lead=lead)
         if self.prior is None or self.stream is None or past.rain is None:
             return self.link.logits(self._numbers(field, fine, told, lead))
-        carried = past.rain.carried(lead_time)
+        carried = past.rain.carried(lead_time) if carried is None else carried
         newest, frame = _newest(carried)
         numbers = self._numbers(field, fine + self.stream(carried, newest), told, lead)
         said = self.prior(newest, lead_time, past.rain.cell_size, past.rain.age, frame)
+        start = self.link.numbers(said)
         if self.local is not None:
             known = _told(carried, newest, frame, lead_time, past.rain.age, past.rain.paces)
             added = self.local(known, said.flatten(0, 1))
-            numbers = numbers + rearrange(
-                added, "(batch lead) number y x -> batch lead number y x", lead=lead
-            )
-        return self.link.logits(self.link.numbers(said) + numbers)
+            start = start + rearrange(added, "(batch lead) number y x -> batch lead number y x", lead=lead)
+        return self.link.logits(start + numbers)
 
     def _moving(self, whole: Batch) -> "Moving":
         """The frames that are carried, of a batch with a motion."""
@@ -338,7 +351,7 @@ class Stream(nn.Module):
     def __init__(self, frames: int, channels: int):
         super().__init__()
         self.scaling = RainScaling()
-        self.mix = nn.Conv2d(2 * frames + 2 * len(SIDES), channels, 3, padding=1)
+        self.mix = nn.Conv2d(2 * frames + 2 * len(NEAR), channels, 3, padding=1)
 
     def forward(
         self, carried: Float[Tensor, "batch frame lead Y X"], newest: Float[Tensor, "batch lead Y X"]

@@ -19,10 +19,11 @@ from metnet.rain import RainBins
 from metnet.scaling import scaled_rain
 
 FINE = (1, 5)  # sides of neighbourhoods in cells
-COARSE = (3, 7, 15)  # sides in blocks of 4 x 4 cells
+COARSE = (3, 7, 15, 31)  # sides in blocks of 4 x 4 cells
 BLOCK = 4
 FEW = 0.1  # how much an unobserved cell of the widest neighbourhood tells of climatology, by an observed one
 SIDES = (*FINE, *(side * BLOCK for side in COARSE))  # cells
+NEAR = SIDES[:-1]  # those that `means` are of: a network that sees farther learns events by heart
 WIDENING = 0.35  # cells a minute: how fast the likeliest neighbourhood grows, before anything is learned
 SPREAD = 0.7  # of the logarithm of the sides that count at one lead time
 REFERENCE = 20.0  # minutes at which the slopes of the weights turn
@@ -66,10 +67,7 @@ class AdvectionPrior(nn.Module):
         if age is None or frame is None:
             age, frame = cell_size.new_zeros(batch, 1), torch.zeros_like(carried, dtype=torch.uint8)
         usual = self.climatology.softmax(dim=0)[:, None, None]
-        onehot, seen = _classes(self.bins, carried)
-        fine, wide = (
-            [near[:, :-1] + near[:, -1:] * usual for near in part] for part in _neighbourhoods(onehot, seen)
-        )
+        fine, wide = _neighbourhoods(*_classes(self.bins, carried), usual)
         sizes = cell_size.repeat_interleave(lead)
         source = frame.flatten(0, 1)
         total = torch.zeros(())
@@ -178,7 +176,8 @@ def pixels(
         age, frame = cell_size.new_zeros(len(carried), 1), torch.zeros_like(carried, dtype=torch.uint8)
     onehot, seen = _classes(bins, carried)
     fell = rearrange(bins.classify(target), "batch lead y x -> (batch lead) (y x)")
-    fine, wide = _neighbourhoods(onehot, seen)
+    unknown = F.one_hot(torch.tensor(len(bins))).to(onehot)[:, None, None]  # a share by itself, the last
+    fine, wide = _neighbourhoods(F.pad(onehot, (0, 0, 0, 0, 0, 1)), seen, unknown)
     near = rearrange([*fine, *(_risen(part) for part in wide)], "side n channel y x -> n (y x) side channel")
     sizes = cell_size.repeat_interleave(len(lead_time))
     old = age[torch.arange(len(age))[:, None, None], frame.flatten(2).long()]
@@ -202,32 +201,31 @@ def pixels(
 
 
 def _neighbourhoods(
-    onehot: Float[Tensor, "n bin Y X"], seen: Float[Tensor, "n 1 Y X"]
+    onehot: Float[Tensor, "n share Y X"], seen: Float[Tensor, "n 1 Y X"], usual: Float[Tensor, "share 1 1"]
 ) -> tuple[list[Float[Tensor, "n share Y X"]], list[Float[Tensor, "n share rows columns"]]]:
-    """The share of each class in the neighbourhoods of rising side, and last what counts as climatology.
+    """The share of each class in the neighbourhoods of rising side, where what is unknown counts as usual.
 
     First the fine ones, then the coarse ones in blocks. All shares of a cell add up to 1.
     """
-    cells = torch.cat([onehot, seen], dim=1)
-    blocks = F.avg_pool2d(cells, BLOCK)
-    *others, widest = (_mean(blocks, side) for side in COARSE)
-    unseen = FEW * (1 - widest[:, -1:])
-    wide = [torch.cat([widest[:, :-1], unseen], dim=1) / (widest[:, -1:] + unseen)]
-    for mean in others[::-1]:
-        wide.insert(0, _filled(mean, wide[0]))
+    blocks, observed = F.avg_pool2d(onehot, BLOCK), F.avg_pool2d(seen, BLOCK)
+    widest = _mean(observed, COARSE[-1])
+    unseen = FEW * (1 - widest)
+    wide = [(_mean(blocks, COARSE[-1]) + unseen * usual) / (widest + unseen)]
+    for side in COARSE[-2::-1]:
+        wide.insert(0, _filled(_mean(blocks, side), _mean(observed, side), wide[0]))
     fine = [_risen(wide[0])]
     for side in FINE[::-1]:
-        fine.insert(0, _filled(_mean(cells, side), fine[0]))
+        fine.insert(0, _filled(_mean(onehot, side), _mean(seen, side), fine[0]))
     return fine[:-1], wide
 
 
 def _filled(
-    mean: Float[Tensor, "n share Y X"], wider: Float[Tensor, "n share Y X"]
+    shares: Float[Tensor, "n share Y X"],
+    observed: Float[Tensor, "n 1 Y X"],
+    wider: Float[Tensor, "n share Y X"],
 ) -> Float[Tensor, "n share Y X"]:
-    """The classes' shares (the last is what was observed), completed by the next wider neighbourhood's."""
-    completed = wider * (1 - mean[:, -1:])
-    completed[:, :-1] += mean[:, :-1]
-    return completed
+    """The shares, completed by the next wider neighbourhood's where not all was observed."""
+    return torch.addcmul(shares, 1 - observed, wider)
 
 
 def _mixed(
@@ -284,15 +282,25 @@ def _classes(
     # many rates lie just on an edge, and rounding must not decide their class; the edges give way, since an
     # optimizer of graphs takes a factor so near to 1 on the rates for 1
     below = replace(bins, edges=tuple(edge * (1 - 1e-6) for edge in bins.edges))
-    classes = rearrange(below.classify(carried), "batch lead y x -> (batch lead) y x")
-    seen = (classes >= 0).to(carried.dtype)[:, None]
-    onehot = rearrange(F.one_hot(classes.clamp(min=0), len(bins)), "n y x bin -> n bin y x")
-    return onehot.to(carried.dtype) * seen, seen
+    classes = rearrange(below.classify(carried), "batch lead y x -> (batch lead) 1 y x")
+    onehot = classes == torch.arange(len(bins), device=carried.device)[:, None, None]
+    return onehot.to(carried.dtype), (classes >= 0).to(carried.dtype)
 
 
 def _mean(field: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, "n channel Y X"]:
     """The mean over `side` x `side` cells, where those outside the grid count as 0."""
-    return field if side == 1 else F.avg_pool2d(field, side, stride=1, padding=side // 2)
+    return field if side == 1 else _sums(_sums(field, side, -1), side, -2) * (1 / side**2)
+
+
+def _sums(field: Float[Tensor, "n channel Y X"], side: int, dim: int) -> Float[Tensor, "n channel Y X"]:
+    """Sums over `side` cells along a dimension; pooling over squares takes four times as long on a CPU."""
+    margin = (side // 2, side // 2)
+    framed = F.pad(field, margin if dim == -1 else (0, 0, *margin))
+    first, *others = (framed.narrow(dim, shift, field.shape[dim]) for shift in range(side))
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
 
 
 def _risen(blocks: Float[Tensor, "n channel rows columns"]) -> Float[Tensor, "n channel Y X"]:
@@ -303,13 +311,16 @@ def _risen(blocks: Float[Tensor, "n channel rows columns"]) -> Float[Tensor, "n 
 def neighbourhoods(
     carried: Float[Tensor, "n Y X"],
 ) -> Float[Tensor, "n channel Y X"]:
-    """What a network is shown of a carried field: scaled rate and observed share, for every neighbourhood."""
+    """What a network is shown of a carried field: scaled rate and observed share, for each of `NEAR`."""
     seen = (~carried.isnan()).to(carried.dtype)[:, None]
     return torch.cat(means(torch.cat([scaled_rain(carried)[:, None], seen], dim=1)), dim=1)
 
 
 def means(fields: Float[Tensor, "n channel Y X"]) -> list[Float[Tensor, "n channel Y X"]]:
-    """The mean of each field over every neighbourhood, where cells outside the grid count as 0."""
+    """The mean of each field over the neighbourhoods of `NEAR`, where cells outside the grid count as 0."""
     blocks = F.avg_pool2d(fields, BLOCK)
-    wide = [_risen(_mean(blocks, side)) for side in COARSE]
-    return [*(_mean(fields, side) for side in FINE), *wide]
+    wide = [_risen(_mean(blocks, side)) for side in COARSE[:-1]]
+    # summed square by square: where rain is even, its spread is the rounding of these sums, which trained
+    # weights have seen
+    fine = [F.avg_pool2d(fields, side, stride=1, padding=side // 2) for side in FINE]
+    return [*fine, *wide]

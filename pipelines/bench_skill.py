@@ -30,7 +30,7 @@ from metnet.scores.score import Score
 from pipelines import destination
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.steps import Steps
-from pipelines.ingest import ingest
+from pipelines.events import cubes as event_cubes
 from pipelines.observations import Observations
 from pipelines.past import past
 from pipelines.plain import rain_cube
@@ -119,8 +119,6 @@ def bench_skill(
         ValueError: for a wrong argument, before any work; for an event that is not there, or that is too
             short to forecast.
     """
-    if not Path(data).is_dir():
-        raise ValueError(f"data={data}: no such folder; give the one with the radar files")
     for key, count in (("runs", runs), ("side", side), ("members", members), ("resamples", resamples)):
         if count < 1:
             raise ValueError(f"{key}={count}: expected at least 1")
@@ -133,9 +131,9 @@ def bench_skill(
     unknown = sorted({name for fold in folds for name in fold} - set(events))
     if unknown:
         raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
-    cubes = {name: _cube(source, folder / "cubes" / name) for name, source in events.items()}
+    cubes = dict(zip(events, event_cubes(data, events, str(folder / "cubes")), strict=True))
     recipe = dict((config or {}).get("training", {}))
-    measured = []
+    told = []
     for fold in folds:
         run = folder / "runs" / "+".join(fold)
         learned = [cubes[name] for name in cubes if name not in fold]
@@ -149,15 +147,9 @@ def bench_skill(
         }
         for name in fold:
             kept = folder / "steps" / name
-            measured.append(_measured(name, rain_cube(cubes[name]), forecasters, runs, side, resamples, kept))
-            _write(folder, measured)
-    return BenchedSkill(out, tuple(measured))
-
-
-def _cube(source: Source, path: Path) -> str:
-    """The cube of an event; what it holds already is not read again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return ingest(source, str(path), group="radar").cube
+            told.append(_measured(name, rain_cube(cubes[name]), forecasters, runs, side, resamples, kept))
+            _write(folder, told)
+    return BenchedSkill(out, tuple(told))
 
 
 def _measured(
@@ -309,11 +301,23 @@ def _write(folder: Path, events: Sequence[Event]) -> None:
     """All that was measured, as numbers and as tables to read."""
     told = json.dumps([asdict(event) for event in events], indent=1)
     (folder / "skill.json").write_text(told)
-    (folder / "skill.md").write_text("\n".join(_markdown(events)) + "\n")
+    (folder / "skill.md").write_text("\n".join([*ratio_tables(events), *_lead_time_tables(events)]) + "\n")
 
 
-def _markdown(events: Sequence[Event]) -> Iterator[str]:
-    """The ratios of every event, then every event by lead time."""
+def measured(path: Path) -> tuple[Event, ...]:
+    """The events in a `skill.json`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return tuple(Event(**told) for told in json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a skill.json of metnet bench-skill: {error}") from error
+
+
+def ratio_tables(events: Sequence[Event]) -> Iterator[str]:
+    """By score, the ratio of every event to each baseline, as lines of Markdown."""
     yield "Mean over the lead times, by the baseline's (90 % interval of a paired block bootstrap over runs)."
     yield ""
     for score in dict.fromkeys(score for event in events for score in event.table):
@@ -325,6 +329,10 @@ def _markdown(events: Sequence[Event]) -> Iterator[str]:
                 cells = " | ".join(_ratio(Ratio(**ratios[name])) for name in BASELINES)
                 yield f"| {event.name} | {event.runs} | {cells} |"
         yield ""
+
+
+def _lead_time_tables(events: Sequence[Event]) -> Iterator[str]:
+    """Every event by score, forecaster and lead time, likewise."""
     for event in events:
         for score, row in event.table.items():
             yield (

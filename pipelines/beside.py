@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metnet.axial_head import Coherent
 from metnet.metnet1 import MetNet1
 from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
@@ -56,6 +57,11 @@ def _(network: MetNet) -> Seen:
         surroundings=1 if network.surroundings is None else network.surroundings.factor,
         motion=network.prior is not None,
     )
+
+
+@seen.register
+def _(network: Coherent) -> Seen:
+    return seen(network.network)
 
 
 @seen.register

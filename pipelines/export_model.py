@@ -41,6 +41,7 @@ from pipelines.motion import FRAMES, motion
 from pipelines.observations import Observations
 from pipelines.past import past
 from pipelines.plain import rain_cube
+from pipelines.pretrained import run_folder
 from pipelines.trained import CARD, TrainedModel, trained
 from pipelines.version import version
 
@@ -97,7 +98,7 @@ def export(
         ValueError: if what is asked for does not go together, or what was written says something else than
             the network, in which case nothing is left behind.
     """
-    holds_network = (Path(path) / CARD).is_file()
+    holds_network = (run_folder(path) / CARD).is_file()
     asks_for_graph = Path(to).suffix in GRAPHS
     if not holds_network and not asks_for_graph:
         return export_data(path, to, group, run, start, end, license)

@@ -26,7 +26,7 @@ from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
 from pipelines.run_facts import CALIBRATED, INPUT_AGE, RunFacts
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
-from pipelines.trained import TrainedModel, trained, with_motion
+from pipelines.trained import Published, TrainedModel, trained, with_motion
 from pipelines.version import version
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def from_path(path: str) -> TrainedModel:
     if not Path(path).exists():
         raise ValueError(
             f"model={path}: no such folder, and no baseline of that name in configs/baseline/; "
-            "expected persistence, extrapolation, steps, or the run folder of metnet train"
+            "expected persistence, extrapolation, steps, pretrained, or the run folder of metnet train"
         )
     return trained(path)
 
@@ -327,15 +327,10 @@ def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] |
     """Minutes: those wanted, else the model's own, else up to an hour in steps of the cube's cadence."""
     minutes = _minutes(cube)
     if isinstance(model, TrainedModel):
-        if cube.cadence not in model.cadences:
-            learned = " or ".join(f"{cadence.total_seconds() / 60:g}" for cadence in model.cadences)
-            raise ValueError(
-                f"the model learned from frames every {learned} min, the cube {cube.path} has one every "
-                f"{minutes:g} min; train a model on a cube like this one"
-            )
+        _check_cadence(cube, model)
         model.warn_of_unlearned(wanted or ())
         usual = [lead for lead in model.lead_times if not math.fmod(60 * lead, 60 * minutes)]
-        leads = tuple(float(lead) for lead in (usual if wanted is None else wanted))
+        leads = tuple(float(lead) for lead in ((usual or model.lead_times) if wanted is None else wanted))
     else:
         step = minutes * math.ceil(HORIZON / MOST_LEADS / minutes)
         count = max(1, int(HORIZON / step))
@@ -344,6 +339,26 @@ def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] |
     if leads and leads[-1] > LONGEST_LEAD:
         raise ValueError(f"lead_times={leads}: expected minutes up to {LONGEST_LEAD:g}")
     return leads
+
+
+def _check_cadence(cube: Observations, model: TrainedModel) -> None:
+    """Warns of a cadence between those that a model learned from, which was told how old each frame is.
+
+    Raises:
+        ValueError: for one outside of them; and for each that a published network, told of no ages, has not
+            learned from.
+    """
+    if cube.cadence in model.cadences:
+        return
+    minutes = _minutes(cube)
+    learned = " or ".join(f"{cadence.total_seconds() / 60:g}" for cadence in model.cadences)
+    told = (
+        f"the model learned from frames every {learned} min, the cube {cube.path} has one every {minutes:g}"
+    )
+    within = min(model.cadences) < cube.cadence < max(model.cadences)
+    if isinstance(model.network, Published) or not within:
+        raise ValueError(f"{told} min; train a model on a cube like this one")
+    log.warning("%s min, which lies between", told)
 
 
 def _provenance(cube: Observations, model: Forecaster, config: Mapping[str, Any] | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metnet.batch import Batch
+from pipelines.augmentation import AS_OBSERVED, NOTHING_CHANGED, SIDE, Augmentation, Change, Leeway, widened
 from pipelines.beside import Beside, Sides, check_sources
 from pipelines.drop_out import DropOut
 from pipelines.grid import Grid
@@ -30,6 +31,7 @@ LONGEST = 0.6  # of a cube's time, that a lead time may take where there are sev
 PREFETCHED = 2  # batches that a worker has ready: they bound the memory that waits
 OUTLINE = 33  # places along a side of a grid, by which two grids are found to overlap
 NOTHING_DROPPED = DropOut()
+Window = tuple[int, int, int, int]  # first row, first column, rows, columns
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,16 @@ def split(observed: NDArray[np.bool_], span: Span, share: float) -> Split:
     return Split(inits, inits[:0])
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Where and when a sample is, and what it becomes."""
+
+    init_time: datetime
+    window: Window  # of the cube's grid
+    change: Change
+    random: np.random.Generator  # the chance that is left for all else
+
+
 class Samples(Dataset[Batch]):
     """Batches of one sample each; the same `seed` and index always give the same sample.
 
@@ -145,6 +157,7 @@ class Samples(Dataset[Batch]):
         augment: also turn and mirror the fields at random.
         beside: what the network sees beside the radar.
         drop_out: how likely frames, radars and sources are missing.
+        augmentation: how often samples are changed; they hold no frame that none of the others may hold.
     """
 
     def __init__(
@@ -158,6 +171,7 @@ class Samples(Dataset[Batch]):
         augment: bool = False,
         beside: Beside = RADAR_ALONE,
         drop_out: DropOut = NOTHING_DROPPED,
+        augmentation: Augmentation = NOTHING_CHANGED,
     ):
         if crop < SMALLEST_CROP:
             raise ValueError(f"crop={crop}: expected at least {SMALLEST_CROP} cells")
@@ -165,6 +179,9 @@ class Samples(Dataset[Batch]):
         self.size = min(crop, cube.grid.y_size), min(crop, cube.grid.x_size)
         self.count, self.seed, self.augment = count, seed, augment
         self.sides, self.drop_out = Sides(cube, beside), drop_out
+        self.leeway = Leeway(
+            augmentation, cube, inits, span.frames, span.reach, span.leads, self.size, beside
+        )
         self._start = cube.times[0]
         minutes = cube.cadence.total_seconds() / 60
         self._lead_times = [step * minutes for step in span.leads]
@@ -179,45 +196,108 @@ class Samples(Dataset[Batch]):
         Raises:
             IndexError: beyond the count.
         """
-        random, init_time, window = self._drawn(index)
-        sample = cut(self.sides, init_time, self.span.frames, self._lead_times, window)
-        leads = np.array(self.span.leads)
-        first = init_time + int(leads[0]) * self.cube.cadence
-        target = self.cube.block(first, int(leads[-1] - leads[0]) + 1, window)[leads - leads[0]]
-        sample = replace(sample, target=torch.from_numpy(target)[None])
+        drawn = self._drawn(index)
+        sample = drawn.change(self._read(drawn), self._rain_bands)
         if self.augment:
-            sample = _turned(sample, random)
-        sample = self.drop_out(sample, random, self.sides.beside.surroundings)
+            sample = _turned(sample, drawn.random)
+        sample = self.drop_out(sample, drawn.random, self.sides.beside.surroundings)
         return _with_motion(sample) if self.sides.beside.motion else sample
 
     def told(self, index: int) -> str:
         """Where and when sample number `index` is."""
-        _, init_time, (y, x, rows, columns) = self._drawn(index)
+        drawn = self._drawn(index)
+        y, x, rows, columns = drawn.window
+        change = f", {drawn.change}" if drawn.change != AS_OBSERVED else ""
         return (
-            f"cube {self.cube.path}, init time {init_time:%Y-%m-%dT%H:%MZ}, "
-            f"rows {y}-{y + rows - 1}, columns {x}-{x + columns - 1}"
+            f"cube {self.cube.path}, init time {drawn.init_time:%Y-%m-%dT%H:%MZ}, "
+            f"rows {y}-{y + rows - 1}, columns {x}-{x + columns - 1}{change}"
         )
 
-    def _drawn(self, index: int) -> tuple[np.random.Generator, datetime, tuple[int, int, int, int]]:
-        """Of a sample: the chance that is left for all else, its init time, and its window of the grid."""
+    def of_crop(self, crop: int) -> "Samples":
+        """Samples of another side, and all else the same."""
+        return Samples(
+            self.cube,
+            self.inits,
+            self.span,
+            crop,
+            self.count,
+            self.seed,
+            self.augment,
+            self.sides.beside,
+            self.drop_out,
+            self.leeway.asked,
+        )
+
+    def _drawn(self, index: int) -> _Drawn:
+        """Of a sample, all that is left to chance but how it is turned and what is dropped.
+
+        Its changes are drawn by a chance of their own, so that a sample without one is what it is without
+        augmentation. It is drawn by the rain in the newest frame that will be seen, as every sample is.
+        """
         if not 0 <= index < self.count:
             raise IndexError(f"sample {index} of {self.count}")
         random = np.random.default_rng((self.seed, index))
-        number, y, x = self.index.draw(random)
-        return random, self._start + int(self.inits[number]) * self.cube.cadence, (y, x, *self.size)
+        chance = random.spawn(1)[0]
+        change = self.leeway.applied.draw(chance)
+        inits = self.leeway.turning if change.backwards else self.inits
+        number, y, x = (self._turning_index if change.backwards else self.index).draw(random)
+        init = int(inits[number])
+        if change.stride > 1 and not self.leeway.fits(init, change):
+            change = replace(change, stride=1)
+        window = widened((y, x, *self.size), change.side, self.cube.grid.shape, chance)
+        return _Drawn(self._start + init * self.cube.cadence, window, change, random)
+
+    def _read(self, drawn: _Drawn) -> Batch:
+        """What a sample is made of, as it was observed, in the order of the cube's time."""
+        cadence, change, leads = self.cube.cadence, drawn.change, np.array(self.span.leads)
+        frames = 1 + change.stride * (self.span.frames - 1)
+        last = drawn.init_time + (frames - 1) * cadence if change.backwards else drawn.init_time
+        sides = self._wide_sides if change.side > 1 else self.sides
+        sample = cut(sides, last, frames, self._lead_times, drawn.window)
+        steps = -leads[::-1] if change.backwards else leads
+        first = drawn.init_time + int(steps[0]) * cadence
+        target = self.cube.block(first, int(steps[-1] - steps[0]) + 1, drawn.window)[steps - steps[0]]
+        return replace(
+            sample,
+            init_time=torch.tensor([round(drawn.init_time.timestamp())]),
+            target=torch.from_numpy(target)[None],
+        )
 
     @cached_property
     def index(self) -> RainIndex:
         """Where it rains at the init times; of a store it is there already, else one pass over the frames."""
+        return self._index_of(self.inits)
+
+    @cached_property
+    def _turning_index(self) -> RainIndex:
+        """The same at the init times of samples that run backwards."""
+        return self._index_of(self.leeway.turning)
+
+    def _index_of(self, inits: NDArray[np.int64]) -> RainIndex:
         if isinstance(self.cube, SampleStore):
-            return replace(self.cube.rain_index(self.crop), frames=self.inits)
-        return RainIndex.of(self.cube, self.crop, self.inits)
+            return replace(self.cube.rain_index(self.crop), frames=inits)
+        return RainIndex.of(self.cube, self.crop, inits)
+
+    @cached_property
+    def _wide_sides(self) -> Sides:
+        """What stands beside the radar of a sample of coarse cells: surroundings of as many coarse cells."""
+        beside = self.sides.beside
+        wide = SIDE * beside.surroundings if beside.surroundings > 1 else 1
+        return Sides(self.cube, replace(beside, surroundings=wide))
+
+    @cached_property
+    def _rain_bands(self) -> tuple[int, ...]:
+        """Which of the bands beside the radar are other radars."""
+        beside = self.sides.beside
+        return tuple(band for band, name in enumerate(beside.satellite) if name in beside.rain)
 
     @property
     def touched(self) -> NDArray[np.int64]:
         """When (s since 1970) the frames are that a sample may hold, as input or as target; rising."""
         offsets = np.array([*range(-self.span.reach, 1), *self.span.leads])
         steps = np.unique(self.inits[:, None] + offsets)
+        if self.leeway.applied.reverse or self.leeway.applied.stride:
+            steps = np.flatnonzero(self.leeway.learned)
         return round(self._start.timestamp()) + steps * round(self.cube.cadence.total_seconds())
 
 

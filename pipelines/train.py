@@ -28,12 +28,14 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from metnet.axial_head import Coherent
 from metnet.batch import Batch
 from metnet.head import Ordinal
 from metnet.loss import Loss, cross_entropy, ordinal
 from metnet.model import MetNet
 from metnet.prior import AdvectionPrior, Pixels
 from pipelines import destination
+from pipelines.augmentation import NOTHING_CHANGED, Augmentation
 from pipelines.beside import Beside, Sides
 from pipelines.calibrating import Calibrated, calibrated
 from pipelines.checkpoints import FOLDER, Checkpoints, StoppedError, newest
@@ -89,7 +91,7 @@ class Trained:
 def train(
     cube: str | Sequence[str],
     run: str,
-    model: Callable[[], MetNet],
+    model: Callable[[], MetNet | Published | Coherent],
     trainer: Callable[..., Trainer],
     lead_times: Sequence[float],
     config: Mapping[str, Any],
@@ -100,6 +102,7 @@ def train(
     validation_samples: int = 16,
     validation_cubes: Sequence[str] = (),
     prior_samples: int = 64,
+    prior_crop: int = 256,
     prior_steps: int = 150,
     local_steps: int = 900,
     check_every: int = 100,
@@ -112,6 +115,7 @@ def train(
     pictures: bool = True,
     augment: bool = True,
     drop_out: DropOut = NOTHING_DROPPED,
+    augmentation: Augmentation = NOTHING_CHANGED,
     satellite: Sequence[str] = (),
     static: Sequence[str] = (),
     reach: float = 2.0,
@@ -139,6 +143,7 @@ def train(
         validation_samples: how many samples are drawn from these of each cube, always the same.
         validation_cubes: whole events to validate on, which nothing is learned from.
         prior_samples: how many samples the prior is fitted on, and what is local beside it.
+        prior_crop: side of these in cells: a pixel's neighbourhoods reach beyond `crop`.
         prior_steps: steps of fitting the prior, before the training.
         local_steps: steps of fitting what is local.
         check_every: steps from one checkpoint (and validation) to the next.
@@ -152,6 +157,8 @@ def train(
         pictures: draw validation samples and their forecasts into the run folder.
         augment: turn and mirror the training samples at random.
         drop_out: how likely frames, radars and sources are missing in the training samples.
+        augmentation: how often the training samples run backwards, are stronger or weaker, of another cadence
+            or of coarser cells.
         satellite: groups of the cubes, one for each satellite channel or other radar of the network.
         static: fields of the cubes' group "static", one for each static field of the network.
         reach: how many crops wide the surroundings are.
@@ -173,6 +180,7 @@ def train(
         leads_per_step,
         check_every,
         prior_samples,
+        prior_crop,
         prior_steps,
         local_steps,
         validation_samples,
@@ -201,6 +209,7 @@ def train(
         seed=seed,
         augment=augment,
         drop_out=drop_out,
+        augmentation=_knowable(augmentation, network),
         validation_samples=validation_samples,
     )
     training, validating = _samples(sampling, learned, kept, validation, start, end)
@@ -208,8 +217,10 @@ def train(
     snapshots = [opened.snapshot for opened in learned]
     with _alone(folder):
         _begin(folder, config, snapshots)
+        wide, wide_kept = ([each.of_crop(prior_crop) for each in some] for some in (training, validating))
+        around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
         fitting = Fitting(prior_samples, prior_steps, local_steps)
-        _fit_start(network, data, folder, fitting, seed, _fingerprint(config, snapshots))
+        _fit_start(network, around, folder, fitting, seed, _fingerprint(config, snapshots))
         task = Task(network, Learning(learning_rate), habits, data, lead_times)
         with _quiet():
             fitted = _fit(trainer, task, data, folder, check_every, strategy, pictures)
@@ -229,6 +240,7 @@ def _check_counts(
     leads_per_step: int,
     check_every: int,
     prior_samples: int,
+    prior_crop: int,
     prior_steps: int,
     local_steps: int,
     validation_samples: int,
@@ -241,6 +253,7 @@ def _check_counts(
         ("leads_per_step", leads_per_step, 1),
         ("check_every", check_every, 1),
         ("prior_samples", prior_samples, 1),
+        ("prior_crop", prior_crop, SMALLEST_CROP),
         ("prior_steps", prior_steps, 0),
         ("local_steps", local_steps, 0),
         ("validation_samples", validation_samples, 0),
@@ -277,6 +290,7 @@ class _Sampling:
     seed: int
     augment: bool  # what is learned from
     drop_out: DropOut  # of what is learned from
+    augmentation: Augmentation  # of what is learned from
     validation_samples: int
 
     def parted(
@@ -294,7 +308,10 @@ class _Sampling:
             augment=self.augment,
             beside=self.beside,
             drop_out=self.drop_out,
+            augmentation=self.augmentation,
         )
+        for name, reason in learned.leeway.refused.items():
+            log.info("%s: its samples are without augmentation.%s: %s", cube.path, name, reason)
         if len(parts.validation):
             return learned, self._validating(cube, parts.validation, span)
         if share:
@@ -323,6 +340,11 @@ class _Sampling:
             else Span.of_those(cube, self.frames, self.lead_times)
         )
         return replace(made, back=Sides(cube, self.beside).back)
+
+
+def _knowable(augmentation: Augmentation, network: nn.Module) -> Augmentation:
+    """Without other cadences and cells for a published network, which is told neither ages nor cell sizes."""
+    return replace(augmentation, stride=0.0, coarsen=0.0) if isinstance(network, Published) else augmentation
 
 
 def _samples(
@@ -634,7 +656,7 @@ def _kept(task: Task) -> tuple[Mapping[str, Tensor], Mapping[str, float], Mappin
         log.warning("the untrained network validates better than the trained one, and is kept: train longer")
     return (
         best.weights,
-        {**best.scores, "val_crps_prior": task.untrained["val_crps"]},
+        {**best.scores, **{f"{score}_prior": task.untrained[score] for score in ("val_crps", "val_loss")}},
         {"step": best.step, **best.table},
     )
 
@@ -781,7 +803,7 @@ def _finish(
 
 def _calibrated(network: nn.Module, validation: Sequence[Samples]) -> Calibrated | None:
     """A calibration of a trained network; None without validation."""
-    if not validation:
+    if not validation or isinstance(network, Coherent):  # whose network was calibrated before
         return None
     if not isinstance(network, MetNet | Published):
         log.warning("not calibrated: expected a MetNet, MetNet1 or MetNet2, not a %s", type(network).__name__)

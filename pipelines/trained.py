@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from metnet.axial_head import Coherent
 from metnet.batch import Batch
 from metnet.calibration import Calibration
 from metnet.decision import Cuts
@@ -26,6 +27,7 @@ from metnet.model import MetNet
 from metnet.rain import BinnedForecast, RainBins, RainForecast
 from pipelines.construct import construct
 from pipelines.motion import FRAMES, motion
+from pipelines.pretrained import run_folder
 
 WEIGHTS, CARD, PRIOR = "model.safetensors", "model.json", "prior.safetensors"
 Published = MetNet1 | MetNet2  # they forecast the middle of what they see
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 class TrainedModel:
     """A `Forecaster` with what it was made from: its network and the card of its run."""
 
-    network: MetNet | Published
+    network: MetNet | Published | Coherent
     card: Mapping[str, Any]  # `model.json`
     sha256: str  # of the weights
     calibration: Calibration | None = None  # of its probabilities; None: as the network says them
@@ -69,6 +71,8 @@ class TrainedModel:
             if isinstance(self.network, Published):
                 inner = self._calibrated(tile_by_tile(self.network, as_if_new(batch)), batch)
                 return Framed(inner, self.network.side - self.network.target)
+            if isinstance(self.network, Coherent):
+                return self.network(with_motion(batch))  # which calibrates before it draws
             return self._calibrated(self.network(with_motion(batch)), batch)
 
     def warn_of_unlearned(self, lead_times: Sequence[float]) -> None:
@@ -185,13 +189,13 @@ def with_motion(batch: Batch) -> Batch:
 
 
 def trained(path: str | Path) -> TrainedModel:
-    """The model of a run folder, ready to forecast.
+    """The model of a run folder, or the one that ships (`run_folder`), ready to forecast.
 
     Raises:
         ValueError: if the folder holds no finished run, the weights are not those of its card, or the card
             asks for anything outside `metnet`.
     """
-    folder = Path(path)
+    folder = run_folder(path)
     card = read_card(folder)
     if card is None:
         raise ValueError(f"{path}: no {CARD} there; expected the run folder of a finished `metnet train`")
@@ -266,7 +270,7 @@ def _calibration(
         raise ValueError(f"{folder / CARD}: {error}") from error
 
 
-def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published:
+def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published | Coherent:
     """The network that the card describes, with fresh weights."""
     try:
         made = construct(card["config"]["model"], ("metnet.",))
@@ -274,9 +278,10 @@ def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CARD}: incomplete: {error}") from error
     network = made() if isinstance(made, partial) else made
-    if not isinstance(network, MetNet | Published):
+    if not isinstance(network, MetNet | Published | Coherent):
         raise ValueError(
-            f"{folder / CARD}: its model is a {type(network).__name__}; expected a MetNet, MetNet1 or MetNet2"
+            f"{folder / CARD}: its model is a {type(network).__name__}; expected a MetNet, MetNet1, "
+            "MetNet2 or Coherent"
         )
     if network.bins != bins:
         raise ValueError(f"{folder / CARD}: its bins are not those of its model: {bins} and {network.bins}")

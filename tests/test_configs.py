@@ -21,7 +21,10 @@ GROUPS = (
     "trunk",
 )
 SOURCES = cli.CONFIGS / "source"
-NEEDS_PATH = {path.stem for path in SOURCES.glob("*.yaml") if "path: ???" in path.read_text()} | {"from_path"}
+NEEDS_PATH = {path.stem for path in SOURCES.glob("*.yaml") if "path: ???" in path.read_text()} | {
+    "from_path",
+    "pretrained",  # and its weights: tests/pipelines/test_pretrained.py
+}
 
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "demo"])

@@ -34,6 +34,8 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "checked",
                 "destination",
                 "drop_out",
+                "pretrained",
+                "terms",
                 "decoding",
                 "formats",
                 "feeds",
@@ -66,12 +68,14 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "validation",
             ),
             ("beside",),
-            ("past",),
+            ("past", "augmentation"),
             ("samples",),
             ("late", "calibrating", "task", "figures", "report", "plain"),
             ("report_page", "export_model", "training_log", "training_pictures"),
             ("ingest", "train", "forecast", "verify", "inspect", "rollback", "replay"),
-            ("bench_skill",),
+            ("events",),
+            ("bench_skill", "train_head"),
+            ("ship",),
         )
     )
     for name in names

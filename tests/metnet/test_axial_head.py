@@ -8,6 +8,7 @@ import torch
 
 from metnet.attention.axial import AxialAttention
 from metnet.axial_head import AxialHead, Coherent, window_mean
+from metnet.calibration import identity
 from metnet.loss import cross_entropy
 from metnet.model import MetNet
 from metnet.rain import RainBins
@@ -112,8 +113,10 @@ def test_a_lead_time_knows_of_those_before_it_and_not_of_those_after():
 def test_it_says_what_does_not_fit():
     with pytest.raises(ValueError, match="3 lead times: expected the 2"):
         small().members(said(leads=3), 1)
-    with pytest.raises(ValueError, match=r"shape \(1, 2, 9, 5\)"):
+    with pytest.raises(ValueError, match="9 x 5 cells: this head draws maps of 6 x 5"):
         small().members(said(batch=1, rows=9), 1)
+    with pytest.raises(ValueError, match="9 x 5 cells: this head draws maps of 6 x 5"):
+        small().loss(said(rows=9), rain(rows=9))
 
 
 # ---- on a field whose pixels hang together ----------------------------------------------------------
@@ -199,12 +202,17 @@ def test_the_mean_over_a_window_is_that_of_each_member():
 # ---- beside a network -------------------------------------------------------------------------------
 
 
-def beside_a_network(rows=12, columns=8):
+def beside_a_network(rows=12, columns=8, **arguments):
     torch.manual_seed(0)
     attention = partial(AxialAttention, heads=2, dim_index=1)
     network = MetNet(3, channels=8, fine_channels=4, depth=1, grid=(4, 4), attention=attention)
     head = AxialHead(network.bins, (rows, columns), 2, dim=16, heads=2)
-    return Coherent(network, head, count=3).eval()
+    return Coherent(network, head, count=3, **arguments).eval()
+
+
+def with_a_target():
+    batch = everything(rows=12, columns=8)
+    return replace(batch, target=batch.radar[:, :2])
 
 
 def test_a_network_with_a_head_is_a_forecaster_of_members():
@@ -217,19 +225,57 @@ def test_a_network_with_a_head_is_a_forecaster_of_members():
     assert torch.equal(forecast.members, forecaster(batch).members)
 
 
-def test_the_loss_teaches_the_head_and_leaves_the_network():
-    forecaster = beside_a_network()
-    batch = everything(rows=12, columns=8)
+def test_the_loss_of_its_logits_is_that_of_the_maps_which_fell():
+    forecaster, batch = beside_a_network(), with_a_target()
+    forecaster.head.decoder.decoder.final.weight.data.normal_(std=0.5)
+    alone = forecaster.network.logits(batch)
+    each = [forecaster.head.log_likelihood(alone, batch.target, torch.full((2,), lead)) for lead in (0, 1)]
+    seen = [(~batch.target[:, lead].isnan()).sum() for lead in (0, 1)]
+    expected = -(each[0] * seen[0] + each[1] * seen[1]) / sum(seen)
+    torch.testing.assert_close(
+        cross_entropy(forecaster.logits(batch), batch.target, forecaster.bins), expected
+    )
+    assert (expected - cross_entropy(alone, batch.target, forecaster.bins)).abs() > 0.05
+
+
+def test_learning_from_its_logits_teaches_the_head_and_leaves_the_network():
+    forecaster, batch = beside_a_network().train(), with_a_target()
     with pytest.raises(ValueError, match="no target"):
-        forecaster.loss(batch)
-    forecaster.loss(replace(batch, target=batch.radar[:, :2])).backward()
-    assert all(weight.grad is None for weight in forecaster.network.parameters())
+        forecaster.logits(replace(batch, target=None))
+    cross_entropy(forecaster.logits(batch), batch.target, forecaster.bins).backward()
+    assert all(weight.grad is None and not weight.requires_grad for weight in forecaster.network.parameters())
     assert forecaster.head.decoder.decoder.final.weight.grad.abs().sum() > 0
+    assert [part.training for part in (forecaster.head, forecaster.network)] == [True, False]
 
 
-def test_it_refuses_a_head_for_other_classes_and_no_members():
+def test_some_of_its_lead_times_are_forecast_as_among_all_and_others_refused():
+    forecaster = beside_a_network(lead_times=(5.0, 10.0))
+    batch = replace(everything(rows=12, columns=8), lead_time=torch.tensor([5.0, 10.0]))
+    both = forecaster(batch).members
+    later = forecaster(replace(batch, lead_time=torch.tensor([10.0]))).members
+    assert torch.equal(later, both[:, :, 1:])
+    with pytest.raises(ValueError, match=r"lead_times=\[7.0\]: this head draws maps at 5, 10 min"):
+        forecaster(replace(batch, lead_time=torch.tensor([5.0, 7.0])))
+
+
+def test_members_are_drawn_around_calibrated_probabilities():
+    wetter = identity(RainBins.preferred())
+    wetter = replace(wetter, level=((2.0, 0.0),) * len(wetter.level))
+    plain, calibrated = beside_a_network(), beside_a_network(calibration=wetter)
+    batch = everything(rows=12, columns=8)
+    expected = wetter(plain.network(batch), batch.lead_time)
+    torch.testing.assert_close(
+        calibrated.alone(batch).softmax(dim=2), expected.probability, atol=1e-4, rtol=0
+    )
+    wet = [(each.members(batch, 20).mean()) for each in (plain, calibrated)]
+    assert wet[1] > 1.5 * wet[0]
+
+
+def test_it_refuses_a_head_for_other_classes_or_lead_times_and_no_members():
     forecaster = beside_a_network()
     with pytest.raises(ValueError, match="expected the network's"):
         Coherent(forecaster.network, small())
     with pytest.raises(ValueError, match="at least 1 member"):
         Coherent(forecaster.network, forecaster.head, count=0)
+    with pytest.raises(ValueError, match=r"lead_times=\[5\]: expected the 2 that the head draws"):
+        Coherent(forecaster.network, forecaster.head, lead_times=[5])

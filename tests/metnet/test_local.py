@@ -13,14 +13,14 @@ from metnet.batch import Batch
 from metnet.head import Categorical, Ordinal, climatology
 from metnet.local import Local, describe, described, pace
 from metnet.model import MetNet
-from metnet.prior import BLOCK, SIDES, AdvectionPrior, Pixels
+from metnet.prior import BLOCK, NEAR, AdvectionPrior, Pixels
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain
 
 BINS = RainBins((0.1, 1.0, 5.0), 50.0)
 LEADS = torch.tensor([5.0, 30.0])
 FRAMES = 3
-REACH = SIDES[-1] // 2 + 2 * BLOCK  # cells: half of the widest neighbourhood, and what lies between blocks
+REACH = NEAR[-1] // 2 + 2 * BLOCK  # cells: half of the widest neighbourhood, and what lies between blocks
 every_link = pytest.mark.parametrize("link", (Categorical(), Ordinal()), ids=lambda link: type(link).__name__)
 
 
@@ -126,7 +126,7 @@ def test_whatever_is_missing_what_is_told_is_finite_and_of_the_promised_count(pa
     assert told.abs().max() < 100, "and no small share blows it up"
     paces = pace(carried[:, :, 0])
     assert torch.isfinite(paces).all()
-    assert paces.min() >= 0 and paces.max() <= math.log2(SIDES[-1]) + 1e-4
+    assert paces.min() >= 0 and paces.max() <= math.log2(NEAR[-1]) + 1e-4
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -158,7 +158,7 @@ def test_nothing_is_told_of_rain_beyond_the_widest_neighbourhood():
     changed[..., 70:] += 3.0
     moved = (told_of(here) != told_of(changed)).any(dim=1)
     assert not moved[..., : 70 - REACH].any()
-    assert moved[..., 70 - SIDES[-1] // 4 :].all()
+    assert moved[..., 70 - NEAR[-1] // 4 :].all()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_rain_that_does_not_change_has_the_narrowest_pace_and_noise_the_widest()
     still = rain(64, 64)[None, None].expand(1, FRAMES, 64, 64)
     torch.testing.assert_close(pace(still), torch.zeros(1, 2, 64, 64))
     noise = torch.stack([rain(64, 64, seed, side=1) for seed in range(FRAMES)])[None]
-    torch.testing.assert_close(pace(noise), torch.full((1, 2, 64, 64), math.log2(SIDES[-1])))
+    torch.testing.assert_close(pace(noise), torch.full((1, 2, 64, 64), math.log2(NEAR[-1])))
 
 
 @pytest.mark.parametrize("side", [3, 5, 13, 29])
@@ -215,7 +215,7 @@ def test_the_more_has_changed_the_wider_the_pace_and_the_oldest_frame_is_told_ap
 def test_where_there_is_no_rain_no_pace_is_made_up():
     dry, blind = torch.zeros(1, FRAMES, 64, 64), torch.full((1, FRAMES, 64, 64), torch.nan)
     assert torch.equal(pace(dry), pace(blind))
-    assert 0 < pace(dry).min() == pace(dry).max() < math.log2(SIDES[-1])
+    assert 0 < pace(dry).min() == pace(dry).max() < math.log2(NEAR[-1])
 
 
 @every_link

@@ -15,6 +15,7 @@ from scipy.ndimage import gaussian_filter
 from metnet.batch import Batch
 from metnet.calibration import Calibration, undone
 from metnet.decision import Cuts
+from metnet.metnet1 import MetNet1
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
 from pipelines import run_blocks
@@ -491,6 +492,24 @@ def test_a_network_that_sees_place_and_surroundings_is_shown_them(cube, store):
 def test_a_model_of_another_cadence_is_refused(cube, store):
     with pytest.raises(ValueError, match=r"learned from frames every 2 min, the cube .* one every 5 min"):
         forecast(cube, network(cadence=2.0), store)
+
+
+@pytest.mark.parametrize(
+    ("learned_leads", "leads"), [((4.0, 5.0, 10.0, 12.0), (5.0, 10.0)), ((4.0, 12.0), (4.0, 12.0))]
+)
+def test_a_cadence_between_those_learned_is_forecast_with_a_warning(
+    cube, store, caplog, learned_leads, leads
+):
+    card = {"cadence_minutes": [2.0, 10.0], "lead_times": list(learned_leads)}
+    made = forecast(cube, TrainedModel(Network(), card, "ab" * 32), store)  # type: ignore[arg-type]
+    assert made.lead_times == leads, "those that the cube can verify, if there are any"
+    assert "learned from frames every 2 or 10 min" in caplog.text and "lies between" in caplog.text
+
+
+def test_a_published_network_which_is_told_of_no_ages_wants_a_cadence_it_learned_from(cube, store):
+    card = {"cadence_minutes": [2.0, 10.0], "lead_times": [5.0]}
+    with pytest.raises(ValueError, match="train a model on a cube like this one"):
+        forecast(cube, TrainedModel(object.__new__(MetNet1), card, "ab" * 32), store)
 
 
 def test_lead_times_never_learned_are_warned_of(cube, store, caplog):

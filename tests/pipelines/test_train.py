@@ -61,7 +61,7 @@ def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_pa
 
     monkeypatch.setattr("pipelines.train.Task", remembered)
     settings = {"lead_times": [5], "crop": 16, "batch_size": 2, "check_every": 3, "validation": 0.0}
-    settings |= {"prior_samples": 4, "prior_steps": 5, "local_steps": 5}
+    settings |= {"prior_samples": 4, "prior_crop": 16, "prior_steps": 5, "local_steps": 5}
     train(
         str(cube), str(tmp_path), construct(MODEL, ("metnet.",)), partial(Trainer, max_steps=3, accelerator="cpu"),
         config={"model": MODEL}, **settings,
@@ -421,6 +421,18 @@ def test_the_prior_is_fitted_first_and_kept_for_a_training_that_goes_on(cube, tm
 def local_of(run):
     """What is local, as it was fitted."""
     return load_file(run / "local.safetensors")
+
+
+def test_the_prior_is_fitted_on_samples_of_a_side_of_their_own(cube, tmp_path, monkeypatch):
+    seen, pixels = set(), MetNet.pixels
+
+    def remembered(network, batch, *others):
+        seen.add(tuple(batch.radar.shape[2:]))
+        return pixels(network, batch, *others)
+
+    monkeypatch.setattr(MetNet, "pixels", remembered)
+    trained_on(cube, tmp_path, steps=1, prior_steps=1, prior_crop=20)
+    assert seen == {(20, 20)}
 
 
 def test_what_is_local_is_fitted_after_the_prior_and_kept_for_a_training_that_goes_on(cube, tmp_path):

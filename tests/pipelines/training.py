@@ -50,6 +50,7 @@ SMALL = {
     "check_every": 3,
     "prior_steps": 0,
     "prior_samples": 8,
+    "prior_crop": 16,
     "local_steps": 2,
     "validation_samples": 3,
     "leads_per_step": 2,
