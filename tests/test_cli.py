@@ -1,5 +1,6 @@
 """The command line: what it teaches, and what it answers to wrong words."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,25 @@ def test_a_list_of_paths_is_a_list_and_a_folder_of_that_name_a_folder(tmp_path, 
     assert cli.compose("train", ["cube=[a/b,s3://c/d]", "run=r"]).cube == ["a/b", "s3://c/d"]
     (tmp_path / "[a]").mkdir()
     assert cli.compose("train", ["cube=[a]", "run=r"]).cube == "[a]"
+
+
+FAULTS = """
+import resource, cli
+{told}
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(20):
+    held = b"x" * (3 * 2**24)
+    del held
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc's malloc")
+def test_memory_that_was_freed_is_not_asked_for_again():
+    asked, kept = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS.format(told=told)], text=True, cwd=ROOT))
+        for told in ("", "cli._keep_freed_memory()")
+    )
+    assert kept < asked / 3
