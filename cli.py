@@ -24,7 +24,8 @@ from rich.table import Table
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT, LARGE = 2**29, 2**27  # bytes: freed memory that is kept, and blocks that never are
+KEPT = 2**29  # bytes of freed memory
+LARGE = 2**27, 2**25  # bytes of blocks that are never kept; older glibc takes no more than the second
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 COMMANDS = (
@@ -467,14 +468,14 @@ def _keep_freed_memory() -> None:
     By default the memory of each map goes back to the system and is asked for again, page by page: a quarter
     of a forecast's CPU time.
     """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_TRIM_THRESHOLD, KEPT)
-        mallopt(M_MMAP_THRESHOLD, LARGE)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGE):
+        mallopt(M_TRIM_THRESHOLD, KEPT)  # after the other: alone it would end malloc's own adapting
 
 
 def main() -> None:
     """The console command `metnet`."""
-    if sys.argv[1:2] != ["serve"]:  # which lives long and makes no maps
+    if sys.platform == "linux" and sys.argv[1:2] != ["serve"]:  # which lives long and makes no maps
         _keep_freed_memory()
     for command in COMMANDS:
         _register(command)

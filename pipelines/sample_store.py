@@ -12,6 +12,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
@@ -164,17 +165,23 @@ class SampleStore:
         """Of all steps, for samples of that side; kept in the store, and worked out where it is not there."""
         windows = Windows.of(self.grid.shape, crop)
         path = self.folder / _index_name(windows)
+        every = np.arange(self._size)
         try:
-            return RainIndex.load(windows, path, np.arange(self._size))
+            return RainIndex.load(windows, path, every)
         except (OSError, ValueError):
-            firsts = range(0, self._size, FRAMES)
-            weights = [
-                windows.weights(field)
-                for step in track(firsts, "where it rains", total=len(firsts))
-                for field in self.block(self._start + step * self.cadence, min(FRAMES, self._size - step))
-            ]
-            checked.save(path, np.stack(weights))
-        return RainIndex.load(windows, path, np.arange(self._size))
+            pass
+        with FileLock(f"{path}.lock"):  # of several trainings one makes it, the others wait
+            try:
+                return RainIndex.load(windows, path, every)
+            except (OSError, ValueError):
+                checked.save(path, np.stack([windows.weights(field) for field in self._fields()]))
+        return RainIndex.load(windows, path, every)
+
+    def _fields(self) -> Iterator[NDArray[np.float32]]:
+        """The field of every step, one after the other."""
+        firsts = range(0, self._size, FRAMES)
+        for step in track(firsts, "where it rains", total=len(firsts)):
+            yield from self.block(self._start + step * self.cadence, min(FRAMES, self._size - step))
 
     def _read(self, part: int, inside: slice, window: Window, to: NDArray[np.float32]) -> None:
         """Writes a window of some of the frames of a part of the time axis into `to`."""

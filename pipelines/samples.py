@@ -214,7 +214,7 @@ class Samples(Dataset[Batch]):
         )
 
     def of_crop(self, crop: int) -> "Samples":
-        """Samples of another side, and all else the same."""
+        """Samples of another side, and all else the same, as far as the grid allows their changes."""
         return Samples(
             self.cube,
             self.inits,

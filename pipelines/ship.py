@@ -19,7 +19,7 @@ MODEL_CARD = "MODEL_CARD.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 UNMEASURED = "Not measured: it was shipped without a `skill.json` of `metnet bench-skill`."
 LARGEST = 20e6  # bytes of a folder that ships
-PATHS = ("/", "~", "\\", "file:", "s3:")  # how a place on some machine begins
+PATHS = ("/", "~", "\\", "./", "../", "file:", "s3:")  # how a place on some machine begins
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,15 @@ def ship(run: str, machine: str, skill: str | None = None, folder: Path = FOLDER
                 "in a package; train a smaller network"
             )
         trained(made)  # opens as it will be opened
+        before = Path(aside) / "before"
         if folder.exists():
-            folder.replace(Path(aside) / "before")
-        made.replace(folder)
+            folder.replace(before)
+        try:
+            made.replace(folder)
+        except OSError:
+            if before.exists():
+                before.replace(folder)
+            raise
     return Shipped(folder, learned, size)
 
 
@@ -133,11 +139,23 @@ def model_card(model: TrainedModel, learned: Sequence[str], machine: str, skill:
         steps=f"{card['steps']:,}",
         minutes=f"{card['seconds'] / 60:.0f}",
         machine=machine,
+        kept=_kept((card["scores"] or {}).get("step")),
         software=card["software"],
         sha256=card["sha256"],
         data="\n".join(f"| {row.event} | {row.rain} | {row.source} | {row.licence} |" for row in rows),
         skill="\n".join(ratio_tables(skill)).rstrip() if skill else UNMEASURED,
     )
+
+
+def _kept(step: int | None) -> str:
+    """Which weights of a training are in the model."""
+    if step is None:
+        return "the last weights; nothing was validated on"
+    if step == 0:
+        return (
+            "the start, prior and what is local as fitted on pixels: it validated best, and no step is in it"
+        )
+    return f"the weights of step {step:,}, which validated best"
 
 
 def main() -> None:
@@ -149,7 +167,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         shipped = ship(given.run, given.machine, given.skill)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(1, f"ship: {error}\n")
     parser.exit(0, f"{shipped}\n")
 

@@ -218,6 +218,7 @@ def train(
     with _alone(folder):
         _begin(folder, config, snapshots)
         wide, wide_kept = ([each.of_crop(prior_crop) for each in some] for some in (training, validating))
+        _say_refused(wide, training)
         around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
         fitting = Fitting(prior_samples, prior_steps, local_steps)
         _fit_start(network, around, folder, fitting, seed, _fingerprint(config, snapshots))
@@ -232,6 +233,14 @@ def train(
         return _finish(
             folder, config, learned, kept, crop, lead_times, beside, network, task, fitted, calibration
         )
+
+
+def _say_refused(wide: Sequence[Samples], training: Sequence[Samples]) -> None:
+    """Says which changes the wider samples of the prior do without, while those of the training have them."""
+    for prior, step in zip(wide, training, strict=True):
+        for name in prior.leeway.refused.keys() - step.leeway.refused.keys():
+            reason = prior.leeway.refused[name]
+            log.info("%s: the prior's samples are without augmentation.%s: %s", step.cube.path, name, reason)
 
 
 def _check_counts(
@@ -344,7 +353,14 @@ class _Sampling:
 
 def _knowable(augmentation: Augmentation, network: nn.Module) -> Augmentation:
     """Without other cadences and cells for a published network, which is told neither ages nor cell sizes."""
-    return replace(augmentation, stride=0.0, coarsen=0.0) if isinstance(network, Published) else augmentation
+    if not isinstance(network, Published):
+        return augmentation
+    if augmentation.stride or augmentation.coarsen:
+        log.info(
+            "samples are without augmentation.stride and augmentation.coarsen: a published network is told "
+            "neither ages nor cell sizes"
+        )
+    return replace(augmentation, stride=0.0, coarsen=0.0)
 
 
 def _samples(

@@ -224,5 +224,7 @@ def test_it_says_what_a_published_network_cannot_do(published, wide_cube, tmp_pa
 
 def test_a_model_of_another_kind_is_refused_by_what_it_is(run):
     rewritten(run, config={"model": {"_target_": "metnet.rain.RainBins.preferred", "_partial_": True}})
-    with pytest.raises(ValueError, match="its model is a RainBins; expected a MetNet, MetNet1, MetNet2 or Coherent"):
+    with pytest.raises(
+        ValueError, match="its model is a RainBins; expected a MetNet, MetNet1, MetNet2 or Coherent"
+    ):
         trained(run)
