@@ -104,7 +104,7 @@ def prepared(place: Path, data: Path, count: int) -> None:
             "scale_factor": 0.1,
             "_FillValue": -1,
             "chunks": tuple(
-                min(BEST[name], size) for name, size in zip(BEST, field["rainfall_rate"].shape, strict=True)
+                min(best, size) for best, size in zip(BEST, field["rainfall_rate"].shape, strict=True)
             ),
         }
         field.chunk(time=12, y=512, x=-1).drop_encoding().to_zarr(
