@@ -20,7 +20,6 @@ from metnet.model import MetNet
 from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
 
 RAREST = 1e-6  # probability of a class: a calibration may say 0, of which there is no logarithm
-UNSEEN = 0  # the code of a pixel that was not observed; class k has the code k + 1
 
 
 class AxialHead(nn.Module):
@@ -79,40 +78,6 @@ class AxialHead(nn.Module):
             ),
         )
 
-    def loss(
-        self,
-        logits: Float[Tensor, "batch lead bin y x"],
-        target: Float[Tensor, "batch lead y x"],
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """-log P of a pixel given the pixels before it, of one lead time drawn for each sample (nats).
-
-        The mean over the observed pixels of the target (mm/h); a pixel that is NaN is known to be unseen and
-        costs nothing. Detach `logits` to leave the network as it is.
-
-        Raises:
-            ValueError: for another grid or number of lead times.
-        """
-        index = torch.randint(self.leads, (len(target),), generator=generator).to(target.device)
-        return -self.log_likelihood(logits, target, index)
-
-    def log_likelihood(
-        self,
-        logits: Float[Tensor, "batch lead bin y x"],
-        target: Float[Tensor, "batch lead y x"],
-        index: Int[Tensor, "batch"],
-    ) -> Float[Tensor, ""]:
-        """The mean of log P over the observed pixels of lead time number `index` of each sample (nats).
-
-        Raises:
-            ValueError: for another grid or number of lead times.
-        """
-        joint = self.given_before(logits, target, index)
-        each = torch.arange(len(target), device=target.device)
-        fell = self.bins.classify(target[each, index])
-        score = F.cross_entropy(joint, fell, ignore_index=UNSEEN - 1, reduction="sum")
-        return -score / (fell >= 0).sum().clamp(min=1)
-
     def given_before(
         self,
         logits: Float[Tensor, "batch lead bin y x"],
@@ -127,7 +92,7 @@ class AxialHead(nn.Module):
             ValueError: for another grid or number of lead times.
         """
         self._check(logits)
-        codes = self.bins.classify(target) + 1
+        codes = self.bins.classify(target) + 1  # 0: not observed
         each = torch.arange(len(codes), device=codes.device)
         of_lead = logits[each, index].log_softmax(dim=1)
         told = self.decoder.encoder(codes, index, _above(of_lead))
