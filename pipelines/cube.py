@@ -34,7 +34,7 @@ from pipelines.coordinates import (
 from pipelines.frame import Frame
 from pipelines.grid import Grid, from_path
 from pipelines.quality import CellFlag, cell_flags, flag_attributes, frame_flags, statistics
-from pipelines.repository import Repository, create_array
+from pipelines.repository import ARCHIVED, Repository, create_array
 from pipelines.version import version
 
 STATIC = "static"  # the group of what never changes
@@ -396,13 +396,13 @@ def _create(group: zarr.Group, grid: Grid, variable: Variable, start: datetime, 
     field = {**variable.attributes(), "valid_range": list(variable.valid_range)}
     shape, chunk = (0, *grid.shape), (1, *chunks(grid, SIDE))
     field = located({**field, "ancillary_variables": "quality_flag"})
-    create_array(group, variable.name, ("time", "y", "x"), shape, "f4", field, chunk)
+    create_array(group, variable.name, ("time", "y", "x"), shape, "f4", field, chunk, ARCHIVED)
     flags = {
         "standard_name": "quality_flag",
         "long_name": "what looks wrong with a value, which stays as it is",
         **flag_attributes(CellFlag),
     }
-    create_array(group, "quality_flag", ("time", "y", "x"), shape, "u1", located(flags), chunk)
+    create_array(group, "quality_flag", ("time", "y", "x"), shape, "u1", located(flags), chunk, ARCHIVED)
     digest = {"long_name": "SHA-256 of the file that a frame was read from; all 0: no frame"}
     create_array(group, "source_sha256", ("time", "byte"), (0, 32), "u1", digest, (HASH_CHUNK, 32))
     arrival = {"long_name": "when a frame was written", **TIME_UNITS, "missing_value": 0}

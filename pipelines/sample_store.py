@@ -30,13 +30,14 @@ from pipelines.observations import Observations
 from pipelines.progress import track
 from pipelines.rain_index import RainIndex, Windows
 
-FORMAT = 1
-FRAMES, SIDE = 4, 64  # of a block: steps of time, cells along a side
+FORMAT = 2  # in the name of a store, as are FRAMES and SIDE: one of another layout is not opened
+FRAMES, SIDE = 8, 64  # of a block: steps of time, cells along a side
 ABOUT, PARTS, TABLE, BLOCKS = "about.json", "parts.npy", "table.npy", "blocks.bin"
 MAGIC = b"metnet blocks\n"  # so that the file is never empty, and can be mapped
 KEPT = 1  # older stores of a cube that stay when one is made: a training may be at work on one
 MOST_VALUES = 2**16  # different ones in FRAMES frames; of more, the values themselves are stored
-CODEC = Blosc(cname="lz4hc", clevel=5, shuffle=Blosc.SHUFFLE)
+# A third smaller than LZ4 and 1 ms of CPU slower on a rainy crop; a higher level hardly packs closer.
+CODEC = Blosc(cname="zstd", clevel=5, shuffle=Blosc.SHUFFLE)
 NAN = np.float32(np.nan).view(np.uint32)
 Bits = NDArray[np.uint32]  # of float32 values: equal bits are equal values, NaN and -0 too
 Window = tuple[int, int, int, int]  # first row, first column, rows, columns
@@ -233,8 +234,8 @@ def _make(cube: Observations, path: Path, crop: int | None) -> None:
             for first in track(firsts, f"{cube.path}: making samples quick to read", total=len(firsts)):
                 count = min(FRAMES, size - first)
                 fields = np.full((FRAMES, *cube.grid.shape), np.nan, np.float32)
-                if observed[first : first + count].any():
-                    fields[:count] = cube.block(start + first * cube.cadence, count)
+                for step in np.flatnonzero(observed[first : first + count]).tolist():
+                    fields[step] = cube.block(start + (first + step) * cube.cadence, 1)[0]
                 part, entries = _packed(file, fields.view(np.uint32))
                 parts.append(part)
                 table.append(entries)

@@ -6,8 +6,12 @@ from threading import Barrier
 import icechunk
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipelines import repository
 from pipelines.repository import Repository, create_array
@@ -248,3 +252,44 @@ def test_a_store_that_cannot_be_written_is_told_in_one_line(tmp_path):
     with pytest.raises(OSError, match="cannot be written") as raised:
         place.commit("rain", edit)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
+@settings(max_examples=30, deadline=None)
+def test_any_float_comes_back_to_the_last_bit_through_codecs_that_every_zarr_knows(bits):
+    values = np.array(bits, np.uint32).view(np.float32)
+    values[np.isnan(values)] = np.nan  # "not observed" has one pattern of bits
+    store = zarr.storage.MemoryStore()
+    array = create_array(zarr.open_group(store), "rain", ("x",), values.shape, "f4", {})
+    array[...] = values
+
+    described = zarr.open_group(store)["rain"].metadata.to_dict()["codecs"]
+    assert [codec["name"] for codec in described] == ["bytes", "zstd", "crc32c"]
+    with xr.open_zarr(store, consolidated=False, mask_and_scale=False) as dataset:
+        assert np.array_equal(dataset["rain"].values.view(np.uint32), values.view(np.uint32))
+
+
+def test_an_array_written_with_other_codecs_is_read_and_goes_on_with_them(tmp_path):
+    first, second = np.random.default_rng(0).gamma(0.5, 4.0, (2, 60, 50)).astype(np.float32)
+    first[:9], second[-9:] = np.nan, 0.0
+    place = Repository.open_or_create(str(tmp_path / "cube"))
+
+    def begin(store):
+        array = create_array(
+            zarr.open_group(store, mode="a"), "rain", ("time", "y", "x"), (1, 60, 50), "f4", {}, None, older
+        )
+        array[0] = first
+
+    def append(store):
+        array = zarr.open_group(store, mode="r+")["rain"]
+        array.resize((2, 60, 50))
+        array[1] = second
+
+    older = (ZstdCodec(level=3), Crc32cCodec())
+    place.commit("begun", begin)
+    place = Repository.open(str(tmp_path / "cube"))
+    place.commit("appended", append)
+
+    array = zarr.open_group(place.reader(place.snapshot), mode="r")["rain"]
+    assert array.compressors == older
+    assert np.array_equal(array[:].view(np.uint32), np.stack([first, second]).view(np.uint32))
