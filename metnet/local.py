@@ -1,9 +1,11 @@
 """`Local`: what a pixel's own surroundings in the carried frames tell beyond the prior, pixel by pixel.
 
 A prior of neighbourhoods knows how wide to look at each lead time, not whether rain grows here, flickers from
-frame to frame, or ends. A small perceptron on such numbers is fitted on single pixels drawn from everywhere:
-it learns in a minute what convolutions over whole maps learn in hours, and has too few weights to know an
-event by heart.
+frame to frame, or ends; and its classes stand where neighbours have them, never between. So some of each
+pixel's probability is given to a few smooth distributions, whose place, spread and share a small perceptron
+tells from such numbers (a mixture density network: Bishop 1994, Aston NCRG/94/004). It is fitted on single
+pixels drawn from everywhere: it learns in a minute what convolutions over whole maps learn in hours, and has
+too few weights to know an event by heart.
 """
 
 import copy
@@ -17,16 +19,24 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from metnet.head import Link
-from metnet.prior import BLOCK, NEAR, REFERENCE, AdvectionPrior, Pixels, means
+from metnet.cascade import continued, decibel
+from metnet.prior import BLOCK, FEWEST, NEAR, REFERENCE, AdvectionPrior, Pixels, means
 from metnet.rain import RainBins
-from metnet.scaling import scaled_rain
+from metnet.scaling import scaled_rain, unscaled_rain
 
+PARTS = 2  # smooth distributions beside the prior
+CLOSE = 3  # neighbourhoods whose rates the middle of a part may be a mean of
+FARTHEST_SHIFT = 3.0  # of a middle, in the logarithm, off the mean of these rates
+USUAL_WIDTH = -1.0  # logarithm of a part's width, before anything is learned
+WIDTHS = (-3.0, 1.0)  # about the same; much wider ones have no mean
+LEAST_RATE = 0.05  # mm/h, added to a rate before its logarithm is taken
+SHUT = -12.0  # logit of a part's share, before anything is learned
+AJAR = -3.0  # and where a fit begins
+IMPOSSIBLE = 1e-9  # a probability that differences of others may miss
 WET = 0.03  # scaled: 0.13 mm/h
-FEWEST = 0.02  # of a neighbourhood's cells; the mean of fewer is drawn towards 0
 RATES = (0.1, 0.5, 2.0, 5.0, 15.0)  # mm/h at which the prior's exceedance is told
 LIKELIEST = 9.0  # of a logit of the prior that is told
-FARTHEST = 4.0  # standard deviations; what lies farther counts as this far
+FARTHEST = 8.0  # standard deviations; what lies farther counts as this far
 AREA = 9  # blocks of 16 cells along a side of the area whose pace is told
 UNKNOWN_PACE = 1.5  # where no rain tells it: a widening over 3 cells
 DROPPED = 0.2  # share of the hidden numbers dropped in fitting
@@ -38,43 +48,48 @@ WEIGHT_DECAY = 0.1
 
 def described(frames: int) -> int:
     """How many numbers `describe` tells of a pixel, of so many carried frames."""
-    return 6 * len(NEAR) - 1 + 2 + (frames - 1) + 6
+    return 6 * len(NEAR) - 1 + 2 + (frames - 1) + 6 + 4
+
+
+def known_rates(frames: int) -> int:
+    """How many of them, the first, are scaled rates at or near the pixel."""
+    return 2 * CLOSE + frames - 1 + 2
 
 
 class Local(nn.Module):
-    """Numbers to be added to those that spell the prior; zeros, before anything is learned.
+    """Gives some of the prior's probability to other rates; next to none, before anything is learned.
 
     Args:
         bins: the classes of rain.
         frames: how many carried frames are told of.
         hidden: width of the one hidden layer.
-        numbers: how many numbers spell a distribution.
     """
 
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, bins: RainBins, frames: int, hidden: int, numbers: int):
+    def __init__(self, bins: RainBins, frames: int, hidden: int):
         super().__init__()
         self.classes = [_class_from(bins, rate) for rate in RATES]
+        self.edges = [math.log(edge + LEAST_RATE) for edge in bins.edges]
+        self.rates = known_rates(frames)
         inputs = described(frames) + len(RATES)
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
         self.first = nn.Conv2d(inputs, hidden, 1)
-        self.last = nn.Conv2d(hidden, numbers, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+        self.last = nn.Conv2d(hidden, PARTS * (3 + self.rates), 1)
+        self._begin(SHUT)
 
     def forward(
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
-    ) -> Float[Tensor, "sample number Y X"]:
-        """From what `describe` tells, and the log-probabilities of the prior."""
+    ) -> Float[Tensor, "sample bin Y X"]:
+        """Log-probabilities of the classes, from what `describe` tells and those of the prior."""
         rows = max(1, CELLS_AT_ONCE // (len(told) * told.shape[3]))
         bands = zip(torch.split(told, rows, dim=2), torch.split(prior, rows, dim=2), strict=True)
-        return torch.cat([self._numbers(self._hidden(*band)) for band in bands], dim=2)
+        return torch.cat([self._mixed(self._hidden(*band), *band) for band in bands], dim=2)
 
     def fit(
-        self, pixels: Pixels, prior: AdvectionPrior, link: Link, steps: int, rate: float = 3e-3, seed: int = 0
+        self, pixels: Pixels, prior: AdvectionPrior, steps: int, rate: float = 3e-3, seed: int = 0
     ) -> None:
         """Learns what makes the rain that fell at some pixels likelier than the prior has it.
 
@@ -84,6 +99,7 @@ class Local(nn.Module):
         if not len(pixels):
             raise ValueError("no observed pixel to fit on")
         said = _said(prior, pixels)
+        self._begin(AJAR)
         with torch.no_grad():
             inputs = self._inputs(_as_map(pixels.told), _as_map(said))
             self.centre.copy_(inputs.mean(dim=(0, 2, 3)))
@@ -95,7 +111,7 @@ class Local(nn.Module):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (0.005 + 0.5 * (1 + math.cos(math.pi * step / steps)))
             some = torch.randint(0, len(pixels), (PIXELS_A_STEP,), generator=generator)
-            loss = self._cost(pixels.told[some], said[some], pixels.fell[some], link, generator)
+            loss = self._cost(pixels.told[some], said[some], pixels.fell[some], generator)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -105,10 +121,10 @@ class Local(nn.Module):
         self.load_state_dict(average.state_dict())
 
     @torch.no_grad()
-    def gain(self, pixels: Pixels, prior: AdvectionPrior, link: Link) -> float:
+    def gain(self, pixels: Pixels, prior: AdvectionPrior) -> float:
         """By how much it makes what fell at some pixels likelier than the prior alone (nats a pixel)."""
         said = _said(prior, pixels)
-        with_it = self._cost(pixels.told, said, pixels.fell, link)
+        with_it = self._cost(pixels.told, said, pixels.fell)
         return (F.nll_loss(said, pixels.fell) - with_it).item()
 
     def _cost(
@@ -116,17 +132,22 @@ class Local(nn.Module):
         told: Float[Tensor, "pixel feature"],
         said: Float[Tensor, "pixel bin"],
         fell: Int[Tensor, "pixel"],
-        link: Link,
         dropping: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """The mean of -log P of what fell; of hidden numbers that are dropped, the others take the place."""
-        prior = _as_map(said)
-        hidden = self._hidden(_as_map(told), prior)
+        maps = _as_map(told), _as_map(said)
+        hidden = self._hidden(*maps)
         if dropping is not None:
             kept = torch.rand(hidden.shape, generator=dropping) >= DROPPED
             hidden = hidden * kept / (1 - DROPPED)
-        spelt = link.numbers(prior[:, None])[:, 0] + self._numbers(hidden)
-        return F.cross_entropy(link.logits(spelt[:, None])[0, 0, :, :, 0].T, fell)
+        return F.nll_loss(self._mixed(hidden, *maps)[0, :, :, 0].T, fell)
+
+    def _begin(self, share: float) -> None:
+        """All parts alike, with such a logit of their share, around the mean of what is known."""
+        with torch.no_grad():
+            for weight in self.last.parameters():
+                weight.zero_()
+            self.last.get_parameter("bias")[2 * PARTS : 3 * PARTS] = share
 
     def _hidden(
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
@@ -135,10 +156,29 @@ class Local(nn.Module):
         inputs = self._inputs(told, prior).sub_(self.centre[:, None, None]).div_(self.spread[:, None, None])
         return F.gelu(self.first(inputs.clamp_(-FARTHEST, FARTHEST)))
 
-    def _numbers(self, hidden: Float[Tensor, "sample hidden Y X"]) -> Float[Tensor, "sample number Y X"]:
-        """The last layer."""
-        numbers: Tensor = self.last(hidden)
-        return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+    def _mixed(
+        self,
+        hidden: Float[Tensor, "sample hidden Y X"],
+        told: Float[Tensor, "sample feature Y X"],
+        prior: Float[Tensor, "sample bin Y X"],
+    ) -> Float[Tensor, "sample bin Y X"]:
+        """Log-probabilities of the prior and the parts together.
+
+        A part is a logistic distribution of log(rate + `LEAST_RATE`), with all below the first edge dry. Its
+        middle is a weighted mean of the known rates, times a factor.
+        """
+        numbers = self.last(hidden)
+        numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        shift, width, share, weight = torch.split(numbers, [PARTS, PARTS, PARTS, PARTS * self.rates], dim=1)
+        weights = rearrange(weight, "n (part rate) y x -> n part rate y x", part=PARTS).softmax(dim=2)
+        middle = (weights * told[:, None, : self.rates]).sum(dim=2)
+        place = (unscaled_rain(middle) + LEAST_RATE).log() + FARTHEST_SHIFT * (shift / FARTHEST_SHIFT).tanh()
+        narrow = (-USUAL_WIDTH - width.clamp(*WIDTHS)).exp()  # one over the width
+        shares = torch.cat([torch.zeros_like(share[:, :1]), share], dim=1).softmax(dim=1)
+        above = [(torch.sigmoid((place - edge) * narrow) * shares[:, 1:]).sum(dim=1) for edge in self.edges]
+        ends = [shares[:, 1:].sum(dim=1), *above, torch.zeros_like(above[0])]
+        given = torch.stack([low - high for low, high in pairwise(ends)], dim=1)
+        return (shares[:, :1] * prior.exp() + given.clamp(min=IMPOSSIBLE)).log()
 
     def _inputs(
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
@@ -175,11 +215,13 @@ def describe(
     ahead: Float[Tensor, "batch lead Y X"],
     age: Float[Tensor, "batch frame"],
     paces: Float[Tensor, "batch 2 Y X"],
+    coefficients: Float[Tensor, "batch lead coefficient rows columns"],
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel at each lead time, of frames that were carried there; never NaN.
 
     For every neighbourhood of `NEAR` the mean of the scaled rate and its spread, the mean over the frames and
-    how they differ, the trend from the oldest to the newest, and how much was observed. Not the size of a
+    how they differ, the trend from the oldest to the newest, and how much was observed. The first are the
+    rates at the pixel and close to it. Not the size of a
     cell, nor how fast the rain moves: where few events are learned from, such numbers name the event.
 
     Args:
@@ -187,6 +229,7 @@ def describe(
         ahead: minutes that the first of them was carried, at each pixel.
         age: minutes, of the frames.
         paces: as `pace` tells them.
+        coefficients: as `metnet.cascade.Lags.after` tells them.
     """
     leads = carried.shape[2]
     frames = rearrange(carried, "batch frame lead y x -> (batch lead) frame y x")
@@ -201,12 +244,17 @@ def describe(
     trend = (value[:, :1] - value[:, -1:]) * both
     newest = value[:, :1]
     fields = torch.cat([seen[:, :1], newest, newest**2, ever, mean, change, wet, both, trend], dim=1)
-    told = [value[:, 1:], F.max_pool2d(newest, 5, stride=1, padding=2), count / frames.shape[1]]
+    older = min(1, frames.shape[1] - 1)
+    onward, spread = continued(frames[:, 0], frames[:, older], coefficients.flatten(0, 1))
+    rates = [value[:, 1:], F.max_pool2d(newest, 5, stride=1, padding=2)]
+    rates.append(scaled_rain(10 ** (onward.clamp(-20, 22) / 10))[:, None])
+    told = [count / frames.shape[1], onward[:, None] / 10, spread[:, None] / 10]
+    told.append((onward - decibel(frames[:, 0]))[:, None] * seen[:, :1] / 10)
     for index, near in enumerate(means(fields)):
         share, rate, square, known, average, differ, rainy, shared, tend = torch.split(near, 1, dim=1)
         rate = rate / share.clamp(min=FEWEST)
-        told += [share, rate, average / known.clamp(min=FEWEST), differ / known.clamp(min=FEWEST)]
-        told.append(tend / shared.clamp(min=FEWEST))
+        (rates if index < CLOSE else told).extend([rate, average / known.clamp(min=FEWEST)])
+        told += [share, differ / known.clamp(min=FEWEST), tend / shared.clamp(min=FEWEST)]
         if index > 0:
             told.append((square / share.clamp(min=FEWEST) - rate**2).clamp(min=0).sqrt())
         if index >= len(NEAR) - 2:
@@ -215,7 +263,7 @@ def describe(
     rows, columns = frames.shape[2:]
     old = repeat(torch.log1p(age.mean(dim=1) / 5), "batch -> batch 1 y x", y=rows, x=columns)
     told.append(repeat(torch.cat([paces, old], dim=1), "batch c y x -> (batch lead) c y x", lead=leads))
-    return torch.cat(told, dim=1)
+    return torch.cat([*rates, *told], dim=1)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from metnet.attention.axial import AxialAttention
 from metnet.attention.positions import AxialPositionalEmbedding
 from metnet.attention.residual import ResidualBlock, ToldTrunk
 from metnet.batch import Batch
+from metnet.cascade import Lags
 from metnet.conv_lstm import ConvLSTM
 from metnet.downsampler import Downsampler
 from metnet.head import Categorical, Head, Link, climatology, spelt
@@ -113,7 +114,7 @@ class MetNet(nn.Module):
         self.stream = Stream(min(frames, CARRIED), fine_channels) if advection else None
         numbers = head.count(len(self.bins))
         told_of = min(frames, CARRIED)
-        self.local = Local(self.bins, told_of, local, numbers) if advection and local else None
+        self.local = Local(self.bins, told_of, local) if advection and local else None
         self.head = Head(channels, fine_channels, told, numbers, None if advection else spelt(head, usual))
         self.surroundings = (
             Surroundings(surroundings, channels, attention, grid) if surroundings > 1 else None
@@ -164,7 +165,7 @@ class MetNet(nn.Module):
         told = (
             None
             if self.local is None
-            else _told(carried, newest, frame, whole.lead_time, rain.age, rain.paces)
+            else _told(carried, newest, frame, whole.lead_time, rain.age, rain.paces, rain.lags)
         )
         down, right = (
             full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
@@ -221,16 +222,15 @@ class MetNet(nn.Module):
         fine = repeat(past.fine, "batch c y x -> (batch lead) c y x", lead=lead)
         if self.prior is None or self.stream is None or past.rain is None:
             return self.link.logits(self._numbers(field, fine, told, lead))
-        carried = past.rain.carried(lead_time) if carried is None else carried
+        rain = past.rain
+        carried = rain.carried(lead_time) if carried is None else carried
         newest, frame = _newest(carried)
         numbers = self._numbers(field, fine + self.stream(carried, newest), told, lead)
-        said = self.prior(newest, lead_time, past.rain.cell_size, past.rain.age, frame)
-        start = self.link.numbers(said)
+        said = self.prior(newest, lead_time, rain.cell_size, rain.age, frame)
         if self.local is not None:
-            known = _told(carried, newest, frame, lead_time, past.rain.age, past.rain.paces)
-            added = self.local(known, said.flatten(0, 1))
-            start = start + rearrange(added, "(batch lead) number y x -> batch lead number y x", lead=lead)
-        return self.link.logits(start + numbers)
+            known = _told(carried, newest, frame, lead_time, rain.age, rain.paces, rain.lags)
+            said = self.local(known, said.flatten(0, 1)).unflatten(0, (-1, lead))
+        return self.link.logits(self.link.numbers(said) + numbers)
 
     def _moving(self, whole: Batch) -> "Moving":
         """The frames that are carried, of a batch with a motion."""
@@ -281,9 +281,19 @@ class Moving:
     cell_size: Float[Tensor, "batch"]  # metres
 
     @cached_property
+    def together(self) -> Float[Tensor, "batch frame Y X"]:
+        """The frames carried to the init time."""
+        return self.carried(torch.zeros(1).to(self.age))[:, :, 0]
+
+    @cached_property
     def paces(self) -> Float[Tensor, "batch 2 Y X"]:
         """How fast the rain changes, the same for all lead times."""
-        return pace(self.carried(torch.zeros(1).to(self.age))[:, :, 0])
+        return pace(self.together)
+
+    @cached_property
+    def lags(self) -> Lags:
+        """How rain of each size hangs together from frame to frame, likewise."""
+        return Lags.of(self.together, self.age)
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
         """The frames carried along the motion to each lead time (mm/h)."""
@@ -337,12 +347,13 @@ def _told(
     lead_time: Float[Tensor, "lead"],
     age: Float[Tensor, "batch frame"],
     paces: Float[Tensor, "batch 2 Y X"],
+    lags: Lags,
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel; `newest` and `frame` as `_newest` tells them."""
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
     each = torch.arange(len(newest), device=newest.device)[:, None, None, None]
     ahead = lead_time[:, None, None] + age[each, frame.long()]
-    return describe(filled, ahead, age, paces)
+    return describe(filled, ahead, age, paces, lags.after(lead_time + age[:, :1]))
 
 
 class Stream(nn.Module):

@@ -21,6 +21,7 @@ from metnet.scaling import scaled_rain
 FINE = (1, 5)  # sides of neighbourhoods in cells
 COARSE = (3, 7, 15, 31)  # sides in blocks of 4 x 4 cells
 BLOCK = 4
+FEWEST = 0.02  # of a neighbourhood's cells; the mean of fewer is drawn towards 0
 FEW = 0.1  # how much an unobserved cell of the widest neighbourhood tells of climatology, by an observed one
 SIDES = (*FINE, *(side * BLOCK for side in COARSE))  # cells
 NEAR = SIDES[:-1]  # those that `means` are of: a network that sees farther learns events by heart
@@ -208,14 +209,14 @@ def _neighbourhoods(
     First the fine ones, then the coarse ones in blocks. All shares of a cell add up to 1.
     """
     blocks, observed = F.avg_pool2d(onehot, BLOCK), F.avg_pool2d(seen, BLOCK)
-    widest = _mean(observed, COARSE[-1])
+    widest = box_mean(observed, COARSE[-1])
     unseen = FEW * (1 - widest)
-    wide = [(_mean(blocks, COARSE[-1]) + unseen * usual) / (widest + unseen)]
+    wide = [(box_mean(blocks, COARSE[-1]) + unseen * usual) / (widest + unseen)]
     for side in COARSE[-2::-1]:
-        wide.insert(0, _filled(_mean(blocks, side), _mean(observed, side), wide[0]))
+        wide.insert(0, _filled(box_mean(blocks, side), box_mean(observed, side), wide[0]))
     fine = [_risen(wide[0])]
     for side in FINE[::-1]:
-        fine.insert(0, _filled(_mean(onehot, side), _mean(seen, side), fine[0]))
+        fine.insert(0, _filled(box_mean(onehot, side), box_mean(seen, side), fine[0]))
     return fine[:-1], wide
 
 
@@ -287,7 +288,7 @@ def _classes(
     return onehot.to(carried.dtype), (classes >= 0).to(carried.dtype)
 
 
-def _mean(field: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, "n channel Y X"]:
+def box_mean(field: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, "n channel Y X"]:
     """The mean over `side` x `side` cells, where those outside the grid count as 0."""
     return field if side == 1 else _sums(_sums(field, side, -1), side, -2) * (1 / side**2)
 
@@ -319,7 +320,7 @@ def neighbourhoods(
 def means(fields: Float[Tensor, "n channel Y X"]) -> list[Float[Tensor, "n channel Y X"]]:
     """The mean of each field over the neighbourhoods of `NEAR`, where cells outside the grid count as 0."""
     blocks = F.avg_pool2d(fields, BLOCK)
-    wide = [_risen(_mean(blocks, side)) for side in COARSE[:-1]]
+    wide = [_risen(box_mean(blocks, side)) for side in COARSE[:-1]]
     # summed square by square: where rain is even, its spread is the rounding of these sums, which trained
     # weights have seen
     fine = [F.avg_pool2d(fields, side, stride=1, padding=side // 2) for side in FINE]

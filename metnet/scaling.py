@@ -101,3 +101,8 @@ def _centre_and_spread(unit: Unit) -> tuple[float, float]:
 def scaled_rain(rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The value of rain in mm/h as networks see it; 0 where it was not observed."""
     return torch.tanh(torch.log1p(rate.nan_to_num(nan=0.0).clamp(min=0)) / 4)
+
+
+def unscaled_rain(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The rate in mm/h that has this value."""
+    return torch.expm1(4 * torch.atanh(value))

@@ -18,34 +18,31 @@ import zarr
 from torch import Tensor
 
 from metnet.batch import Batch
-from metnet.decision import DecidedForecast
 from metnet.forecaster import Forecaster
 from metnet.rain import EnsembleForecast, RainForecast
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
 from metnet.scores.csi import Csi
-from metnet.scores.fss import Fss
 from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines import destination
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.steps import Steps
 from pipelines.events import cubes as event_cubes
+from pipelines.goals import BASELINES, Goal, goal_table, goals, neighbourhoods, tally
 from pipelines.observations import Observations
 from pipelines.past import past
 from pipelines.plain import rain_cube
 from pipelines.progress import track
+from pipelines.report import DECIDED
 from pipelines.samples import Span
-from pipelines.skill import Ratio, Skill
+from pipelines.skill import Difference, Estimate, Skill
 from pipelines.sources.source import Source
 from pipelines.train import Trained
 from pipelines.trained import CARD, TrainedModel, trained, untrained
 
 THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability
-HEAVY = 5.0  # mm/h, of the fractions skill score
-SCALES = (5.0, 20.0)  # km, of the same
 FARTHEST = 60.0  # minutes
-BASELINES = ("steps", "widened", "extrapolation")
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Event:
     pixels: int
     lead_times: tuple[float, ...]  # minutes
     table: Mapping[str, Any]  # by score: values by forecaster and lead time, ratios by baseline
+    goals: tuple[Goal, ...] = ()  # none in what was measured before they were told
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,11 @@ class BenchedSkill:
     events: tuple[Event, ...]
 
     def __str__(self) -> str:
-        """For each event and score, the ratio to each baseline with its interval."""
+        """For each event how each goal was met, and for each score the ratio to each baseline."""
         lines = []
+        for event in self.events:
+            lines.append(f"{event.name}: {tally(event.goals)} goals met")
+            lines += [f"  {goal.name}, {goal.wanted}: {goal}" for goal in event.goals]
         for event in self.events:
             lines.append(
                 f"{event.name}: {event.runs} runs, {event.pixels:,} pixels, "
@@ -183,7 +184,7 @@ def _measured(
     for init in track(inits, f"forecasting {name}", total=len(inits)):
         batch = _cut(past(cube, init, model.frames, leads), window)
         said = {
-            key: _kept(kept, init, window, forecaster, batch) if key == "steps" else _said(forecaster, batch)
+            key: _kept(kept, init, window, forecaster, batch) if key == "steps" else forecaster(batch)
             for key, forecaster in forecasters.items()
         }
         observed = torch.from_numpy(
@@ -208,7 +209,8 @@ def _measured(
         observed=seen_pixels,
         rain=torch.full_like(pixels, math.nan, dtype=torch.float64),
     )
-    return Event(name, len(inits), int(pixels.sum()), leads, _table(skill, resamples))
+    reached = goals(skill, cube.grid.cell_size / 1000, resamples)
+    return Event(name, len(inits), int(pixels.sum()), leads, _table(skill, resamples), reached)
 
 
 def _inits(cube: Observations, span: Span, runs: int) -> list[datetime]:
@@ -243,16 +245,6 @@ def _cut(batch: Batch, window: tuple[int, int, int, int]) -> Batch:
     return Batch(radar, batch.age, batch.init_time, batch.lead_time, batch.cell_size)
 
 
-def _said(forecaster: Forecaster, batch: Batch) -> RainForecast:
-    """The forecast; of a trained model with the probabilities from which it means yes."""
-    forecast = forecaster(batch)
-    if not isinstance(forecaster, TrainedModel) or forecaster.cuts is None:
-        return forecast
-    leads = batch.lead_time.tolist()
-    cuts = {rate: row for rate in THRESHOLDS if (row := forecaster.cuts.at(rate, leads)) is not None}
-    return DecidedForecast(forecast, cuts)
-
-
 def _kept(
     folder: Path, init: datetime, window: tuple[int, int, int, int], forecaster: Forecaster, batch: Batch
 ) -> RainForecast:
@@ -274,7 +266,7 @@ def _scores(kilometres: float) -> tuple[Score, ...]:
         Crps(fair=True),
         *(Brier(threshold, fair=True) for threshold in THRESHOLDS),
         *(Csi(threshold) for threshold in THRESHOLDS[1:]),
-        *(Fss(HEAVY, 1 + 2 * round((scale / kilometres - 1) / 2)) for scale in SCALES if scale > kilometres),
+        *neighbourhoods(kilometres).values(),
         *(Reliability(threshold) for threshold in THRESHOLDS),
     )
 
@@ -286,33 +278,38 @@ def _table(skill: Skill, resamples: int) -> dict[str, Any]:
             "values": dict(zip(skill.forecasters, skill.values(score).tolist(), strict=True)),
             "ratio": {name: asdict(skill.ratio(score, name, resamples)) for name in BASELINES},
             "difference": {
-                name: {
-                    key: getattr(skill.difference(score, name, resamples), key).tolist()
-                    for key in ("value", "low", "high")
-                }
-                for name in BASELINES
+                name: _by_lead_time(skill.difference(score, name, resamples)) for name in BASELINES
             },
         }
         for score in skill.scores
     }
 
 
+def _by_lead_time(difference: Difference) -> dict[str, list[float]]:
+    """A difference and its interval, as JSON takes them."""
+    return {key: getattr(difference, key).tolist() for key in ("value", "low", "high")}
+
+
 def _write(folder: Path, events: Sequence[Event]) -> None:
     """All that was measured, as numbers and as tables to read."""
-    told = json.dumps([asdict(event) for event in events], indent=1)
-    (folder / "skill.json").write_text(told)
-    (folder / "skill.md").write_text("\n".join([*ratio_tables(events), *_lead_time_tables(events)]) + "\n")
+    (folder / "skill.json").write_text(json.dumps([asdict(event) for event in events], indent=1))
+    told = goal_table({event.name: event.goals for event in events})
+    page = [*told, "", DECIDED, "", *ratio_tables(events), *_lead_time_tables(events)]
+    (folder / "skill.md").write_text("\n".join(page) + "\n")
 
 
 def measured(path: Path) -> tuple[Event, ...]:
-    """The events in a `skill.json`.
+    """The events in a `skill.json`; of one that tells no goals, without.
 
     Raises:
         ValueError: if it is none.
     """
     try:
-        return tuple(Event(**told) for told in json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+        return tuple(
+            Event(**{**told, "goals": tuple(Goal(**goal) for goal in told.get("goals", ()))})
+            for told in json.loads(path.read_text())
+        )
+    except (AttributeError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a skill.json of metnet bench-skill: {error}") from error
 
 
@@ -321,12 +318,12 @@ def ratio_tables(events: Sequence[Event]) -> Iterator[str]:
     yield "Mean over the lead times, by the baseline's (90 % interval of a paired block bootstrap over runs)."
     yield ""
     for score in dict.fromkeys(score for event in events for score in event.table):
-        yield f"| {score} | runs | of STEPS | of the widened extrapolation | of the extrapolation |"
+        yield f"| {score} | runs | {' | '.join(f'of {words}' for words in BASELINES.values())} |"
         yield "|---|---|---|---|---|"
         for event in events:
             if score in event.table:
                 ratios = event.table[score]["ratio"]
-                cells = " | ".join(_ratio(Ratio(**ratios[name])) for name in BASELINES)
+                cells = " | ".join(_ratio(Estimate(**ratios[name])) for name in BASELINES)
                 yield f"| {event.name} | {event.runs} | {cells} |"
         yield ""
 
@@ -346,7 +343,7 @@ def _lead_time_tables(events: Sequence[Event]) -> Iterator[str]:
             yield ""
 
 
-def _ratio(ratio: Ratio) -> str:
+def _ratio(ratio: Estimate) -> str:
     """Bold where the whole interval lies on one side of 1."""
     text = f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
     return f"**{text}**" if ratio.high < 1 or ratio.low > 1 else text

@@ -8,7 +8,6 @@ import torch
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration, Exceedances, cost, exceedances, identity, unweighted
-from metnet.decision import Cuts
 from metnet.model import MetNet
 from pipelines.progress import track
 from pipelines.samples import Samples
@@ -22,14 +21,13 @@ SHOWN = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # mm/h, thresholds whose reliabili
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration and cuts, judged on samples that they were not fitted on.
+    """A calibration, judged on samples that it was not fitted on.
 
     The earlier half of each cube's samples is judged by what was fitted on the later, and the other way
     round. Only edges whose cost that lowers are calibrated, by what all samples say together.
     """
 
     calibration: Calibration
-    cuts: Cuts
     kept: tuple[bool, ...]  # for each edge between the classes
     cost: dict[str, float]  # nats a pixel, before and after; empty with too few samples for two halves
     reliability: list[dict[str, Any]]  # before and after, by threshold
@@ -39,7 +37,6 @@ class Calibrated:
         """What `model.json` says of it."""
         return {
             **self.calibration.card(),
-            "cuts": self.cuts.card(),
             "kept": self.kept,
             "cost": self.cost,
             "reliability": self.reliability,
@@ -63,7 +60,7 @@ def calibrated(
     class_weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Calibrated:
-    """Fits a calibration and cuts to a network on its validation samples.
+    """Fits a calibration to a network on its validation samples.
 
     Args:
         network: with the weights it will forecast with.
@@ -78,15 +75,13 @@ def calibrated(
     if not all(len(half.fell) for half in halves):
         nothing = replace(identity(network.bins), class_weights=weights)
         none = (False,) * len(edges)
-        return Calibrated(nothing, Cuts.chosen(before, edges), none, {}, [], fitted_on)
+        return Calibrated(nothing, none, {}, [], fitted_on)
     earlier, later = (Calibration.fitted(half) for half in halves)
     after = Exceedances.joined([later.of(halves[0]), earlier.of(halves[1])])
     kept = tuple((cost(after) < cost(before)).tolist())
     after = Exceedances.joined([later.only(kept).of(halves[0]), earlier.only(kept).of(halves[1])])
-    calibration = Calibration.fitted(before, weights).only(kept)
     return Calibrated(
-        calibration=calibration,
-        cuts=Cuts.chosen(calibration.of(before), edges),
+        calibration=Calibration.fitted(before, weights).only(kept),
         kept=kept,
         cost={"before": float(cost(before).sum()), "after": float(cost(after).sum())},
         reliability=_reliability(edges, before, after),

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from metnet import model as engine
 from metnet.advection import _motion_at, _sample
 from metnet.batch import Batch
+from metnet.cascade import Lags
 from metnet.local import pace
 from metnet.model import MetNet, Moving
 from metnet.rain import BinnedForecast
@@ -211,15 +212,16 @@ class Graph(nn.Module):
             "init_time": torch.zeros(1, dtype=torch.int64),
         }
         seen = self.network.encode(Batch(**{**known, **given}))
-        rain, paces = seen.rain, None
+        rain, paces, lags = seen.rain, None, None
         if rain is not None and self.network.local is not None:
-            paces = pace(Unrolled(rain, (0.0,), self.oldest).carried(torch.zeros(1))[:, :, 0])
+            together = Unrolled(rain, (0.0,), self.oldest).carried(torch.zeros(1))[:, :, 0]
+            paces, lags = pace(together), Lags.of(together, rain.age)
         at_once = max(1, engine.PIXELS_AT_ONCE // seen.fine[:, 0].numel())
         parts = []
         for first in range(0, len(self.lead_times), at_once):
             leads = self.lead_times[first : first + at_once]
             if rain is not None:
-                seen = replace(seen, rain=cast(Moving, Unrolled(rain, leads, self.oldest, paces)))
+                seen = replace(seen, rain=cast(Moving, Unrolled(rain, leads, self.oldest, paces, lags)))
             parts.append(self.network.decode(seen, torch.tensor(leads)).softmax(dim=2))
         rows, columns = radar.shape[2:]
         said = torch.cat(parts, dim=1)[..., :rows, :columns]
@@ -237,6 +239,7 @@ class Unrolled:
     lead_times: tuple[float, ...]  # minutes
     oldest: float  # minutes: the largest age of a frame
     paces: Float[Tensor, "batch 2 y x"] | None = None  # as `Moving.paces`, where a network asks for them
+    lags: Lags | None = None  # likewise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.moving, name)

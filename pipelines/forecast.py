@@ -374,7 +374,7 @@ def _provenance(cube: Observations, model: Forecaster, config: Mapping[str, Any]
 
 
 def _facts(model: Forecaster, thresholds: Sequence[float], lead_times: Sequence[float]) -> RunFacts:
-    """How a run's probabilities are calibrated, and from which on they mean yes, where a model says so."""
+    """How a run's probabilities are calibrated, where a model says so."""
     if not isinstance(model, TrainedModel) or model.calibration is None:
         return RunFacts()
     edges = model.network.bins.edges
@@ -384,8 +384,7 @@ def _facts(model: Forecaster, thresholds: Sequence[float], lead_times: Sequence[
         rate: tuple((offset, slope) for offset, slope in lines[:, edges.index(rate)].tolist())
         for rate in known
     }
-    cuts = {} if model.cuts is None else {rate: model.cuts.at(rate, lead_times) for rate in known}
-    return RunFacts(calibration, {rate: row for rate, row in cuts.items() if row is not None})
+    return RunFacts(calibration)
 
 
 def _check_same(store: ForecastStore, header: RunHeader) -> None:

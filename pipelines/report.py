@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metnet.scores.crps import Crps
+from metnet.scores.csi import Csi
 from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.grid import Grid
@@ -19,6 +20,7 @@ HEADLINE_LEAD = 30  # minutes; the lead time nearest to it is the one the headli
 UNCALIBRATED = "forecast, not calibrated"
 COLUMNS = 6  # lead times in the table on a terminal at most
 TIME = "%Y-%m-%d %H:%M"
+DECIDED = "CSI: a forecast says yes from that probability on for which it expects the highest CSI of itself"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def text_table(report: Report) -> str:
             )
             lines.append(f"{score.name if row == 0 else '':{width}}{name:{who}}{cells}".rstrip())
     lines.append("* best at that lead time")
+    if any(isinstance(score, Csi) and score.cut is None for score in skill.scores):
+        lines.append(DECIDED)
     for reason in dict.fromkeys(report.skipped.values()):
         runs = [run for run, why in report.skipped.items() if why == reason]
         more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
@@ -245,6 +249,7 @@ def _reliability_json(skill: Skill, score: Reliability) -> dict[str, Any]:
                 "frequency": _plain(curve.frequency),
                 "count": _plain(curve.count),
                 "calibration_error": _plain(score.value(sums[name].sum(dim=0))),
+                "slope": _plain(score.slope(sums[name].sum(dim=0))),
             }
             for name, curve in curves.items()
         },

@@ -1,4 +1,4 @@
-"""`RunFacts`: what the attributes of a run say of how its probabilities were made and are to be taken."""
+"""`RunFacts`: what the attributes of a run say of how its probabilities were made."""
 
 import json
 from collections.abc import Mapping
@@ -9,17 +9,15 @@ from pipelines.runs import RunHeader
 
 CALIBRATED = "calibrated"  # "true" or "false"
 CALIBRATION = "calibration"  # by threshold (mm/h): offset and slope of the logit at each lead time
-CUTS = "probability_cuts"  # by threshold (mm/h): from which probability on it means yes, at each lead time
 INPUT_AGE = "input_age_minutes"  # of the newest frame that went in
 Line = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """By threshold in mm/h, one number or pair for each lead time of the run; empty where nothing is said."""
+    """How a run was calibrated and how old its newest frame was; empty and 0 where nothing is said."""
 
-    calibration: Mapping[float, tuple[Line, ...]] = field(default_factory=dict)  # offset and slope of a logit
-    cuts: Mapping[float, tuple[float, ...]] = field(default_factory=dict)  # probabilities
+    calibration: Mapping[float, tuple[Line, ...]] = field(default_factory=dict)  # by mm/h: of each lead time
     input_age: timedelta = timedelta(0)
 
     def attributes(self) -> dict[str, str]:
@@ -27,8 +25,6 @@ class RunFacts:
         told = {CALIBRATED: "true" if self.calibration else "false"}
         if self.calibration:
             told[CALIBRATION] = json.dumps({f"{rate:g}": lines for rate, lines in self.calibration.items()})
-        if self.cuts:
-            told[CUTS] = json.dumps({f"{rate:g}": cuts for rate, cuts in self.cuts.items()})
         return told
 
     @classmethod
@@ -44,16 +40,12 @@ class RunFacts:
                 float(rate): tuple((float(offset), float(slope)) for offset, slope in lines)
                 for rate, lines in json.loads(attributes.get(CALIBRATION, "{}")).items()
             }
-            cuts = {
-                float(rate): tuple(float(cut) for cut in row)
-                for rate, row in json.loads(attributes.get(CUTS, "{}")).items()
-            }
             age = timedelta(minutes=float(attributes.get(INPUT_AGE, "0")))
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"run {header.name}: its attributes cannot be read: {error}") from error
-        if {count} | {len(row) for row in (*calibration.values(), *cuts.values())} != {count}:
+        if {count} | {len(row) for row in calibration.values()} != {count}:
             raise ValueError(
-                f"run {header.name}: {CALIBRATION} and {CUTS} tell of another number of lead times than its "
-                f"{count}; make the run again"
+                f"run {header.name}: {CALIBRATION} tells of another number of lead times than its {count}; "
+                "make the run again"
             )
-        return cls(calibration, cuts, age)
+        return cls(calibration, age)

@@ -1,7 +1,7 @@
 """`Skill`: the sums of every score of every forecaster, run by run, and what they say, with uncertainty."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -59,7 +59,7 @@ class Skill:
         relative_low, relative_high = torch.nanquantile((again[0] - again[1]) / again[1], tails, dim=0)
         return Difference(ours - theirs, low, high, (ours - theirs) / theirs, relative_low, relative_high)
 
-    def ratio(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Ratio":
+    def ratio(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Estimate":
         """The forecast's mean score over the lead times by a baseline's, with the interval of resampled runs.
 
         Runs are drawn as `difference` draws them. Lead times at which either has no score are left out.
@@ -68,13 +68,28 @@ class Skill:
         ours, theirs = (score.value(part.sum(dim=0)) for part in sums)
         value = float(_mean(ours, theirs) / _mean(theirs, ours))
         if len(self.init_times) < FEWEST_RUNS:
-            return Ratio(value, math.nan, math.nan)
+            return Estimate(value, math.nan, math.nan)
         drawn = self._draws(resamples, seed)
         leads, parts = sums.shape[2:]
         again = [score.value((drawn @ part.flatten(1)).view(-1, parts)).view(-1, leads) for part in sums]
         tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
         low, high = torch.nanquantile(_mean(*again) / _mean(*again[::-1]), tails).tolist()
-        return Ratio(value, low, high)
+        return Estimate(value, low, high)
+
+    def pooled(
+        self, score: Score, statistic: Callable[[Tensor], Tensor], resamples: int = 1000, seed: int = 0
+    ) -> "Estimate":
+        """What a statistic of the score's sums says of the forecast over all runs and lead times together.
+
+        With the interval of resampled runs, drawn as `difference` draws them.
+        """
+        sums = self.sums[score.name][0].sum(dim=1)
+        value = float(statistic(sums.sum(dim=0, keepdim=True))[0])
+        if len(self.init_times) < FEWEST_RUNS:
+            return Estimate(value, math.nan, math.nan)
+        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+        low, high = torch.nanquantile(statistic(self._draws(resamples, seed) @ sums), tails).tolist()
+        return Estimate(value, low, high)
 
     @property
     def block(self) -> int:
@@ -114,8 +129,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """The forecast's score by a baseline's; `low` and `high` span 90 %, NaN where not known."""
+class Estimate:
+    """A number of a forecast; `low` and `high` span 90 %, NaN where not known."""
 
     value: float
     low: float

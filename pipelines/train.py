@@ -458,12 +458,12 @@ def _fit_on_pixels(
     if network.local is None or not fitting.local_steps:
         return
     start = {name: value.clone() for name, value in network.local.state_dict().items()}
-    network.local.fit(known, prior, network.link, fitting.local_steps, seed=seed)
+    network.local.fit(known, prior, fitting.local_steps, seed=seed)
     if not data.validation:
         return
     held_back = (each[number] for each in data.validation for number in range(len(each)))
     checked = _pixels(network, held_back, random)
-    if len(checked) and (gain := network.local.gain(checked, prior, network.link)) < 0:
+    if len(checked) and (gain := network.local.gain(checked, prior)) < 0:
         log.warning("what is local makes the validation worse by %.4f nats a pixel and is left out", -gain)
         network.local.load_state_dict(start)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from metnet.axial_head import Coherent
 from metnet.batch import Batch
 from metnet.calibration import Calibration
-from metnet.decision import Cuts
 from metnet.metnet1 import MetNet1
 from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
@@ -42,7 +41,6 @@ class TrainedModel:
     card: Mapping[str, Any]  # `model.json`
     sha256: str  # of the weights
     calibration: Calibration | None = None  # of its probabilities; None: as the network says them
-    cuts: Cuts | None = None  # from which probability on it means yes, of calibrated probabilities
 
     @property
     def frames(self) -> int:
@@ -86,7 +84,7 @@ class TrainedModel:
 
     def uncalibrated(self) -> "TrainedModel":
         """The same with the network's own probabilities."""
-        return replace(self, calibration=None, cuts=None)
+        return replace(self, calibration=None)
 
 
 @dataclass(frozen=True)
@@ -215,8 +213,7 @@ def trained(path: str | Path) -> TrainedModel:
     except (RuntimeError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"{weights}: not the weights of the model in {CARD}: {detail} ...") from error
-    calibration, cuts = _calibration(folder, card, network.bins)
-    return TrainedModel(network.eval(), card, sha256, calibration, cuts)
+    return TrainedModel(network.eval(), card, sha256, _calibration(folder, card, network.bins))
 
 
 def untrained(path: str | Path) -> TrainedModel:
@@ -257,15 +254,13 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     return card
 
 
-def _calibration(
-    folder: Path, card: Mapping[str, Any], bins: RainBins
-) -> tuple[Calibration | None, Cuts | None]:
-    """The calibration and the cuts that the card tells; None where a run has none."""
+def _calibration(folder: Path, card: Mapping[str, Any], bins: RainBins) -> Calibration | None:
+    """The calibration that the card tells; None where a run has none."""
     told = card.get("calibration")
     if told is None:
-        return None, None
+        return None
     try:
-        return Calibration.from_card(told, len(bins.edges)), Cuts.from_card(told["cuts"])
+        return Calibration.from_card(told, len(bins.edges))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CARD}: {error}") from error
 

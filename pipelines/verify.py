@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metnet.calibration import undone
-from metnet.decision import DecidedForecast
 from metnet.forecaster import Forecaster
 from metnet.rain import RainForecast, TabulatedForecast, tabulated
 from metnet.scores.reliability import Reliability
@@ -162,23 +161,7 @@ class _Run:
         for first in range(0, len(self.leads), together):
             yield self.leads[first : first + together]
 
-    def forecast(self, leads: Sequence[int]) -> DecidedForecast:
-        """What the store keeps of the run, and from which probability on it means yes."""
-        cuts = {rate: tuple(row[lead] for lead in leads) for rate, row in self.facts.cuts.items()}
-        return DecidedForecast(self._table(leads), cuts)
-
-    def uncalibrated(self, leads: Sequence[int]) -> RainForecast | None:
-        """The probabilities before they were calibrated, at the thresholds at which that is known."""
-        if not self.facts.calibration:
-            return None
-        table = self._table(leads)
-        rates = tuple(rate for rate in self.facts.calibration if rate in table.thresholds)
-        lines = torch.tensor([[self.facts.calibration[rate][lead] for rate in rates] for lead in leads])
-        offset, slope = lines[..., None, None].unbind(dim=2)
-        said = table.exceedance[:, :, [table.thresholds.index(rate) for rate in rates]]
-        return replace(table, thresholds=rates, exceedance=undone(said, offset, slope))
-
-    def _table(self, leads: Sequence[int]) -> TabulatedForecast:
+    def forecast(self, leads: Sequence[int]) -> TabulatedForecast:
         """What the store keeps of the run."""
 
         def read(name: str, *dims: str) -> Tensor:
@@ -191,6 +174,17 @@ class _Run:
         exceedance = read("probability_of_exceedance", "threshold")
         mean = read("rainfall_rate_mean")
         return TabulatedForecast(self.header.thresholds, exceedance, self.levels, quantiles, mean)
+
+    def uncalibrated(self, leads: Sequence[int]) -> RainForecast | None:
+        """The probabilities before they were calibrated, at the thresholds at which that is known."""
+        if not self.facts.calibration:
+            return None
+        table = self.forecast(leads)
+        rates = tuple(rate for rate in self.facts.calibration if rate in table.thresholds)
+        lines = torch.tensor([[self.facts.calibration[rate][lead] for rate in rates] for lead in leads])
+        offset, slope = lines[..., None, None].unbind(dim=2)
+        said = table.exceedance[:, :, [table.thresholds.index(rate) for rate in rates]]
+        return replace(table, thresholds=rates, exceedance=undone(said, offset, slope))
 
     def baseline(self, name: str, leads: Sequence[int]) -> RainForecast:
         """What a baseline says from the frames up to the init time, kept as the store would keep it.

@@ -70,7 +70,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
             ("beside",),
             ("past", "augmentation"),
             ("samples",),
-            ("late", "calibrating", "task", "figures", "report", "plain"),
+            ("late", "calibrating", "task", "figures", "report", "plain", "goals"),
             ("report_page", "export_model", "training_log", "training_pictures"),
             ("ingest", "train", "forecast", "verify", "inspect", "rollback", "replay"),
             ("events",),

@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from metnet.decision import own_cut
 from metnet.rain import RainForecast
-from metnet.scores.score import Decided, add_up
-
-USUAL = 0.5  # the probability that counts as a forecast of rain
+from metnet.scores.score import add_up
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,8 @@ class Csi:
     """Of the pixels with rain, seen or forecast, the share where both say so: 1 is best, 0 worst.
 
     Hits / (hits + misses + false alarms) of rain at or above the threshold. A probability of at least `cut`
-    counts as a forecast of rain; without, that of the forecast's own choice by lead time, or 1/2.
+    counts as a forecast of rain. Without a cut, each field of a forecast chooses its own: the one for which
+    its probabilities expect the highest CSI, whatever then happens; a forecast of one number keeps to it.
     """
 
     threshold: float  # mm/h
@@ -31,10 +31,13 @@ class Csi:
     def sums(
         self, forecast: RainForecast, observed: Float[Tensor, "batch lead y x"]
     ) -> Float64[Tensor, "lead part"]:
-        """Hits, misses and false alarms."""
+        """Hits, misses and false alarms.
+
+        They add up over samples and lead times; without a cut, a field must come whole: it has one.
+        """
         probability = forecast.probability_above(self.threshold)
         counted = ~(probability.isnan() | observed.isnan())
-        said = counted & (probability >= self._cuts(forecast, probability))
+        said = counted & (probability >= self._cut(probability.masked_fill(~counted, torch.nan)))
         seen = counted & (observed >= self.threshold)
         return add_up((said & seen).float(), (seen & ~said).float(), (said & ~seen).float())
 
@@ -42,8 +45,8 @@ class Csi:
         """Hits by all that was not a correct "no"; NaN where it rained in neither."""
         return sums[:, 0] / sums.sum(dim=1)
 
-    def _cuts(self, forecast: RainForecast, probability: Float[Tensor, "batch lead y x"]) -> Tensor:
-        """From which probability on rain counts as forecast (lead 1 1)."""
-        own = forecast.cut(self.threshold) if self.cut is None and isinstance(forecast, Decided) else None
-        usual = USUAL if self.cut is None else self.cut
-        return torch.tensor(own or [usual] * probability.shape[1]).to(probability)[:, None, None]
+    def _cut(self, probability: Float[Tensor, "batch lead y x"]) -> Tensor:
+        """From which probability on rain counts as forecast, as (batch, lead, 1, 1) or for all."""
+        if self.cut is None:
+            return own_cut(probability)[:, :, None, None]
+        return torch.tensor(self.cut).to(probability)

@@ -57,6 +57,21 @@ class Reliability:
         distance: Tensor = (probability - events).abs().sum(dim=1)
         return distance / count.sum(dim=1)
 
+    def slope(self, sums: Float64[Tensor, "lead part"]) -> Float64[Tensor, "lead"]:
+        """The slope of the line through the diagram's points that fits best, each weighted by its pixels.
+
+        1 is best; below it the forecast is too sure of itself, above it not sure enough. The line is the
+        regression line of the attributes diagram (Hsu & Murphy 1986, doi:10.1016/0169-2070(86)90048-8).
+        NaN where only one bin holds anything.
+        """
+        count, probability, events = torch.split(sums, self.bins, dim=1)
+        total = count.sum(dim=1, keepdim=True)
+        away = probability / count.clamp(min=1) - probability.sum(dim=1, keepdim=True) / total
+        above = events - count * events.sum(dim=1, keepdim=True) / total
+        filled = (count > 0).sum(dim=1)
+        slope: Tensor = (away * above).sum(dim=1) / (count * away.square()).sum(dim=1)
+        return slope.masked_fill(filled < 2, torch.nan)
+
     def curve(self, sums: Float64[Tensor, "lead part"]) -> Curve:
         """The reliability diagram that the sums hold."""
         count, probability, events = torch.split(sums, self.bins, dim=1)

@@ -1,6 +1,6 @@
 """`Score`: the contract of every verification score."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Float64
@@ -28,15 +28,6 @@ class Score(Protocol):
 
     def value(self, sums: Float64[Tensor, "lead part"]) -> Float64[Tensor, "lead"]:
         """The score by lead time; NaN where nothing was counted."""
-        ...
-
-
-@runtime_checkable
-class Decided(Protocol):
-    """A forecast that says from which probability on it means yes."""
-
-    def cut(self, threshold: float) -> tuple[float, ...] | None:
-        """Of reaching a threshold (mm/h), by lead time; None: it does not say."""
         ...
 
 

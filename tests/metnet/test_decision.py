@@ -1,93 +1,106 @@
-"""The cut from which on a probability means yes."""
+"""The cut from which on a probability means yes, beside every other that there could be."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from metnet.calibration import Exceedances
-from metnet.decision import Cuts, DecidedForecast
+from metnet.decision import own_cut
 from metnet.rain import EnsembleForecast
-from metnet.scores.csi import Csi
+from tests.metnet.scores.check import storm
 
-EDGES = (0.1, 1.0)
-
-
-def calibrated_pixels(count=40_000, leads=(5.0, 60.0), dryness=2.0, seed=0):
-    """Probabilities that are right; at the second lead time rain is rarer."""
-    random = torch.Generator().manual_seed(seed)
-    parts = []
-    for n, lead in enumerate(leads):
-        logit = torch.randn(count, generator=random) * 2 - dryness * n
-        reached = torch.stack([logit, logit - 1.5], dim=1).sigmoid()
-        fell = (torch.rand(count, 1, generator=random) < reached).sum(dim=1)
-        parts.append(Exceedances(reached, torch.full((count,), lead), fell))
-    return Exceedances.joined(parts)
+FEW = st.integers(0, 10_000)
 
 
-def csi(said, edge, lead, cut):
-    here = said.lead_time == lead
-    yes, came = said.above[here, edge] >= cut, said.fell[here] > edge
-    return float((yes & came).sum() / (yes | came).sum())
+def some(seed: int, dryness: float = 2.0, shape: tuple[int, ...] = (1, 1, 40, 50)) -> Tensor:
+    """Probabilities as of showers: most of them small."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 - dryness).sigmoid()
 
 
-def test_no_other_cut_has_a_higher_csi():
-    said = calibrated_pixels()
-    cuts = Cuts.chosen(said, EDGES)
-    for edge, threshold in enumerate(EDGES):
-        for lead, cut in zip((5.0, 60.0), cuts.at(threshold, (5.0, 60.0)), strict=True):
-            best = max(csi(said, edge, lead, level / 100) for level in range(1, 100))
-            assert csi(said, edge, lead, cut) == pytest.approx(best)
-            assert csi(said, edge, lead, cut) > csi(said, edge, lead, 0.5)
+def expected(probability: Tensor, cut: float) -> float:
+    """The CSI that is expected of a cut, in the words of the definition."""
+    flat = probability.flatten().double()
+    yes = flat >= cut
+    return float(flat[yes].sum() / (yes.sum() + flat[~yes].sum()))
 
 
-def test_of_calibrated_probabilities_the_best_cut_is_that_of_theory():
-    said = calibrated_pixels(200_000)
-    cuts = Cuts.chosen(said, EDGES)
-    for edge, threshold in enumerate(EDGES):
-        for lead, cut in zip((5.0, 60.0), cuts.at(threshold, (5.0, 60.0)), strict=True):
-            best = csi(said, edge, lead, cut)
-            assert cut == pytest.approx(best / (1 + best), abs=0.03)
+def best_of_all(probability: Tensor) -> tuple[float, float]:
+    """The cut with the highest expected CSI, and that CSI, by sorting and trying every number of pixels."""
+    ordered = probability.flatten().double().sort(descending=True).values
+    hits = ordered.cumsum(0)
+    csi = hits / (torch.arange(1, len(ordered) + 1) + hits[-1] - hits)
+    return float(ordered[csi.argmax()]), float(csi.max())
 
 
-def test_where_little_fell_all_lead_times_choose_together_and_where_nothing_did_it_is_half():
-    said = calibrated_pixels(leads=(5.0, 60.0), dryness=30.0)
-    cuts = Cuts.chosen(said, EDGES)
-    assert cuts.cut[0][1] == cuts.cut[0][0]
-    nothing = Exceedances(said.above, said.lead_time, torch.zeros_like(said.fell))
-    assert Cuts.chosen(nothing, EDGES).cut == ((0.5, 0.5), (0.5, 0.5))
+@given(FEW, st.floats(-2, 8))
+@settings(max_examples=25, deadline=None, database=None)
+def test_no_other_number_of_pixels_is_expected_to_have_a_higher_csi(seed: int, dryness: float) -> None:
+    said = some(seed, dryness)
+    last, csi = best_of_all(said)
+    cut = float(own_cut(said))
+    assert (said >= cut).sum() == (said.double() >= last).sum()
+    assert expected(said, cut) == pytest.approx(csi)
 
 
-def test_a_lead_time_between_takes_the_cut_of_the_next_and_an_unknown_threshold_has_none():
-    cuts = Cuts((0.1, 1.0), (5.0, 10.0), ((0.4, 0.3), (0.2, 0.1)))
-    assert cuts.at(1.0, (1.0, 5.0, 6.0, 10.0, 90.0)) == (0.2, 0.2, 0.1, 0.1, 0.1)
-    assert cuts.at(2.0, (5.0,)) is None
+@given(FEW, st.integers(2, 24))
+@settings(max_examples=25, deadline=None, database=None)
+def test_shares_of_members_of_which_many_are_equal_are_decided_as_well(seed: int, members: int) -> None:
+    said = EnsembleForecast(storm(seed, (1, members, 1, 20, 20))).probability_above(2.0)
+    _, csi = best_of_all(said)
+    assert expected(said, float(own_cut(said))) == pytest.approx(csi)
 
 
-def test_csi_asks_the_forecast_for_its_cut():
-    observed = torch.ones(1, 2, 1, 1)
-    three_of_ten = EnsembleForecast(
-        torch.tensor([1.0] * 3 + [0.0] * 7).view(1, 10, 1, 1, 1).expand(-1, -1, 2, -1, -1)
-    )
-    decided = DecidedForecast(three_of_ten, {1.0: (0.25, 0.35)})
-
-    assert Csi(1.0).sums(decided, observed).tolist() == [[1, 0, 0], [0, 1, 0]]
-    assert Csi(1.0, cut=0.2).sums(decided, observed).tolist() == [[1, 0, 0], [1, 0, 0]], (
-        "what is asked goes first"
-    )
-    assert Csi(1.0).sums(three_of_ten, observed).tolist() == [[0, 1, 0], [0, 1, 0]]
-    assert Csi(0.5).sums(decided, observed).tolist() == [[0, 1, 0], [0, 1, 0]], "no cut of its own: one half"
+def test_the_cut_is_the_csi_by_one_and_the_csi() -> None:
+    """Theorem 1 of Lipton et al. 2014."""
+    for seed in range(5):
+        said = some(seed)
+        _, csi = best_of_all(said)
+        assert float(own_cut(said)) == pytest.approx(csi / (1 + csi), rel=1e-5)
 
 
-def test_all_else_is_as_it_was_said():
-    members = EnsembleForecast(torch.rand(1, 5, 2, 3, 3))
-    decided, observed = DecidedForecast(members, {}), torch.rand(1, 2, 3, 3)
-    for name, argument in (("probability_above", 0.5), ("quantile", 0.3), ("crps", observed)):
-        torch.testing.assert_close(getattr(decided, name)(argument), getattr(members, name)(argument))
-    torch.testing.assert_close(decided.mean(), members.mean())
+def test_of_probabilities_that_come_true_hindsight_finds_hardly_a_better_cut() -> None:
+    random = torch.Generator().manual_seed(1)
+    for dryness in (0.0, 3.0, 5.0):
+        said = some(2, dryness, (1, 1, 400, 400))
+        fell = torch.rand(said.shape, generator=random) < said
+
+        def csi(cut: float, said: Tensor = said, fell: Tensor = fell) -> float:
+            yes = said >= cut
+            return float((yes & fell).sum() / (yes | fell).sum())
+
+        hindsight = max(csi(level / 100) for level in range(1, 100))
+        assert csi(float(own_cut(said))) > 0.98 * hindsight
+        assert csi(float(own_cut(said))) > 1.01 * csi(0.5)
 
 
-def test_the_card_gives_them_back_and_a_damaged_one_is_refused():
-    cuts = Cuts.chosen(calibrated_pixels(500), EDGES)
-    assert Cuts.from_card(cuts.card()) == cuts
-    for damage in ({"cut": [[0.5]]}, {"cut": [[0.5, 1.5], [0.5, 0.5]]}, {"lead_times": None}):
-        with pytest.raises(ValueError, match="cuts: expected"):
-            Cuts.from_card({**cuts.card(), **damage})
+def test_each_sample_and_lead_time_decides_for_itself() -> None:
+    fields = [[some(1, 0.0), some(2, 4.0)], [some(3, 6.0), torch.zeros(1, 1, 40, 50)]]
+    together = own_cut(torch.cat([torch.cat(row, dim=1) for row in fields]))
+    alone = torch.stack([torch.cat([own_cut(field)[0] for field in row]) for row in fields])
+    assert torch.equal(together, alone)
+    assert together.unique().numel() == 4
+
+
+def test_pixels_without_a_forecast_do_not_count() -> None:
+    said = some(4)
+    around = torch.nn.functional.pad(said, (5, 7, 3, 2), value=torch.nan)
+    assert torch.equal(own_cut(around), own_cut(said))
+    assert not torch.equal(own_cut(around.nan_to_num(nan=0.2)), own_cut(said))
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_where_nothing_is_forecast_all_say_no(value: float) -> None:
+    said = torch.full((2, 3, 4, 5), value)
+    assert not (said >= own_cut(said)[:, :, None, None]).any()
+
+
+def test_a_forecast_of_one_number_keeps_to_it() -> None:
+    member = EnsembleForecast(storm(5, (1, 1, 2, 30, 30)))
+    for threshold in (0.1, 1.0, 5.0):
+        assert own_cut(member.probability_above(threshold)).tolist() == [[0.5, 0.5]]
+
+
+def test_a_sure_forecast_of_rain_everywhere_says_yes_everywhere() -> None:
+    said = torch.full((1, 1, 4, 5), 0.02)
+    assert (said >= own_cut(said)[:, :, None, None]).all()

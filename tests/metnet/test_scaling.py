@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from metnet.scaling import FieldScaling, RainScaling
+from metnet.scaling import FieldScaling, RainScaling, scaled_rain, unscaled_rain
 
 
 def scaled(*rates):
@@ -66,3 +66,8 @@ def test_a_card_says_of_each_channel_how_it_is_scaled():
     rain, kelvin = FieldScaling(("rain", (250.0, 25.0))).card()
     assert rain["value"] == RainScaling().card()["value"]
     assert kelvin == {"centre": 250.0, "spread": 25.0}
+
+
+def test_the_rate_of_a_value_is_the_rate_that_was_scaled():
+    rate = torch.tensor([0.0, 0.1, 1.0, 20.0, 150.0])
+    torch.testing.assert_close(unscaled_rain(scaled_rain(rate)), rate, rtol=1e-3, atol=1e-5)

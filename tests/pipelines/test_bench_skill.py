@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from lightning import Trainer
 
-from pipelines.bench_skill import BASELINES, bench_skill
+from pipelines.bench_skill import Event, bench_skill, measured
+from pipelines.goals import BASELINES
+from pipelines.report import DECIDED
 from pipelines.sources.simulated import Simulated
 from pipelines.train import train
 
@@ -80,6 +82,24 @@ def test_each_left_out_event_is_told_beside_every_baseline(benched):
     assert "of STEPS" in page
     assert "one: fair CRPS" in page
     assert "of widened" in str(result)
+    assert DECIDED in page
+
+
+@pytest.mark.slow
+def test_what_is_asked_of_it_stands_first_in_all_that_is_told(benched):
+    out, result, _ = benched
+    page = (out / "skill.md").read_text()
+    assert page.startswith("| goal | wanted | one | two |\n")
+    assert str(result).startswith("one: ")
+    first = result.events[0].goals[0]
+    assert f"| {first.name} | {first.wanted} | {first}".replace("missed", "**missed**") in page
+    assert f"  {first.name}, {first.wanted}: {first}" in str(result)
+    crps = result.events[0].table["fair CRPS mm/h"]["ratio"]["steps"]
+    assert (first.value, first.met) == (crps["value"], crps["value"] <= 0.95)
+    again = measured(out / "skill.json")
+    assert [[str(goal) for goal in event.goals] for event in again] == [
+        [str(goal) for goal in event.goals] for event in result.events
+    ]
 
 
 @pytest.mark.slow
@@ -108,6 +128,17 @@ def test_what_was_made_is_used_again_and_says_the_same(benched, monkeypatch):
     assert json.dumps([event.table for event in before.events]) == json.dumps(
         [event.table for event in after.events]
     )
+
+
+def test_a_skill_json_that_tells_no_goals_is_read_and_one_with_others_is_refused(tmp_path):
+    event = {"name": "one", "runs": 3, "pixels": 9, "lead_times": [5.0], "table": {}}
+    path = tmp_path / "skill.json"
+    path.write_text(json.dumps([event]))
+    assert measured(path) == (Event("one", 3, 9, [5.0], {}),)
+    for wrong in ([{**event, "goals": [{"best": 1}]}], ["one"], {"one": event}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"skill\.json: expected a skill\.json of metnet bench-skill"):
+            measured(path)
 
 
 def test_an_event_that_is_not_there_is_named(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from metnet.calibration import Calibration
-from metnet.decision import Cuts
 from metnet.model import MetNet
 from metnet.rain import RainBins
 from pipelines.calibrating import calibrated
@@ -47,12 +46,11 @@ def test_a_network_that_is_too_wet_is_dried_and_held_out_samples_say_so(samples)
     assert "calibrated at 4 of 4 thresholds" in str(found)
 
 
-def test_the_card_is_json_that_gives_calibration_and_cuts_back(samples):
+def test_the_card_is_json_that_gives_the_calibration_back(samples):
     found = calibrated(network(3.0), [samples], class_weights=[1.0, 1.0, 2.0, 2.0, 4.0])
     card = json.loads(json.dumps(found.card(), allow_nan=False))
 
     assert Calibration.from_card(card, edges=4) == found.calibration
-    assert Cuts.from_card(card["cuts"]) == found.cuts
     assert found.calibration.class_weights == (1.0, 1.0, 2.0, 2.0, 4.0)
     assert card["fitted_on"]["cubes"] == [samples.cube.path] and card["fitted_on"]["pixels"] > 1000
 
@@ -107,7 +105,7 @@ def test_one_sample_is_too_few_and_said_so(samples, monkeypatch):
     few = Samples(samples.cube, samples.inits, samples.span, 24, 1, seed=1)
     found = calibrated(network(3.0), [few])
     assert not any(found.kept) and "too few validation samples" in str(found)
-    assert Cuts.from_card(json.loads(json.dumps(found.card()))["cuts"]).at(1.0, [5.0]) is not None
+    assert json.loads(json.dumps(found.card()))["reliability"] == []
 
 
 def test_the_network_is_left_as_it_was(samples):

@@ -14,7 +14,6 @@ from scipy.ndimage import gaussian_filter
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration, undone
-from metnet.decision import Cuts
 from metnet.metnet1 import MetNet1
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
@@ -434,12 +433,11 @@ def test_a_large_grid_is_written_lead_by_lead_to_the_same_run(tmp_path, monkeypa
 
 
 def calibrated_network() -> TrainedModel:
-    """Its probabilities of 1 mm/h and more are halved in odds, and it has cuts."""
+    """Its probabilities of 1 mm/h and more are halved in odds."""
     level = ((0.0, 0.0), (-float(np.log(2)), 0.0), (0.0, 0.0))
     nothing = ((0.0, 0.0),) * 3
     calibration = Calibration((0.0,) * 3, level, nothing, (5.0, 10.0))
-    cuts = Cuts(BINS.edges, (5.0, 10.0), ((0.4, 0.3), (0.2, 0.1), (0.5, 0.5)))
-    return replace(network(), network=Unsure(), calibration=calibration, cuts=cuts)
+    return replace(network(), network=Unsure(), calibration=calibration)
 
 
 @dataclass
@@ -464,7 +462,6 @@ def test_a_calibrated_run_says_so_and_how_to_undo_it(cube, store, tmp_path):
     np.testing.assert_allclose(raw, [[0.75, 0.75 - 0.25 * 4 / 9, 0.5]] * 2, atol=1e-5)
     np.testing.assert_allclose(said[:, [0, 2]], [[0.75, 1 / 3]] * 2, atol=1e-5)
     facts = RunFacts.of(header)
-    assert facts.cuts == {0.1: (0.4, 0.3), 1.0: (0.2, 0.1)}
     assert sorted(facts.calibration) == [0.1, 1.0]
     offset, slope = torch.tensor(facts.calibration[1.0]).unbind(dim=1)
     np.testing.assert_allclose(undone(torch.from_numpy(said[:, 2]), offset, slope), raw[:, 2], atol=1e-5)

@@ -22,7 +22,16 @@ from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.figures import Case, thinned
 from pipelines.grid import Grid
-from pipelines.report import Provenance, Report, as_json, best_rows, headline, second_sentence, text_table
+from pipelines.report import (
+    DECIDED,
+    Provenance,
+    Report,
+    as_json,
+    best_rows,
+    headline,
+    second_sentence,
+    text_table,
+)
 from pipelines.report_page import as_html, write
 from pipelines.skill import Skill
 
@@ -168,6 +177,11 @@ def test_the_table_marks_the_best_and_holds_every_score_of_everyone(report: Repo
     assert re.search(r"CRPS mm/h +forecast( +[\d.]+\*){3}", text_table(report))
 
 
+@pytest.mark.parametrize(("cut", "told"), [(None, True), (0.5, False)])
+def test_the_table_tells_how_yes_is_decided_where_the_forecast_decides(cut: float | None, told: bool) -> None:
+    assert (DECIDED in text_table(report_of(skill_of(2, scores=(Csi(1.0, cut),))))) == told
+
+
 def test_the_table_names_what_was_left_out_and_why() -> None:
     skipped = {f"2020060{day}T000000Z": "no observation" for day in range(2, 8)} | {
         "20200609T000000Z": "no frame"
@@ -210,6 +224,8 @@ def test_the_json_holds_every_number_and_only_json(report: Report) -> None:
     )
     curve = numbers["reliability"][0]["curves"]["forecast"]
     assert np.sum(curve["count"], axis=1).tolist() == [960] * 3
+    reliability = skill.sums[Reliability(1.0).name][0].sum(dim=0)
+    np.testing.assert_allclose(curve["slope"], Reliability(1.0).slope(reliability))
 
 
 def test_what_calibrating_did_is_told_in_numbers_words_and_the_diagram() -> None:
@@ -296,6 +312,7 @@ def test_the_page_says_it_in_words_and_defines_its_scores(page: str, report: Rep
     for score in report.skill.scores:
         assert score.name in text
     assert "the share where both say so" in text and "Csi(threshold=1.0, cut=None)" in text
+    assert "for which its probabilities expect the highest CSI" in text, "how yes is decided"
     assert "8 verified, 1 left out" in text and "80 % at 10 min" in text
     assert "snapshot AAA" in text and "10 x 12 cells of 1 km" in text
     assert FOREIGN in text and FOREIGN not in page, "text from a file must be escaped"

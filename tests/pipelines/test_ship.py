@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipelines import ship as shipping
-from pipelines.bench_skill import BASELINES, Event
+from pipelines.bench_skill import Event
+from pipelines.goals import BASELINES
 from pipelines.ship import ship
 from pipelines.trained import trained
 from tests.pipelines.training import drifting, made_cube, trained_on

@@ -109,6 +109,18 @@ def test_the_same_runs_give_the_same_interval() -> None:
     assert torch.equal(first.low, second.low) and torch.equal(first.relative_high, second.relative_high)
 
 
+def test_a_pooled_number_is_that_of_all_runs_and_lead_times_with_the_interval_of_drawn_runs() -> None:
+    skill = noisy(40, better=0.0)
+    assert skill.block == 1
+    told = skill.pooled(Crps(), Crps().value, resamples=2000)
+    errors = skill.sums[Crps().name][0, :, :, 0].numpy() / 100
+    means = errors.mean(axis=1)[np.random.default_rng(1).integers(40, size=(20_000, 40))].mean(axis=1)
+
+    assert told.value == pytest.approx(errors.mean())
+    np.testing.assert_allclose([told.low, told.high], np.quantile(means, [0.05, 0.95]), atol=0.005)
+    assert np.isnan(noisy(4, better=0.0).pooled(Crps(), Crps().value).low), "four runs have no interval"
+
+
 def test_relative_differences_are_shares_of_the_baseline() -> None:
     skill = skill_of(torch.tensor([1.5, 2.0]).view(2, 1, 1).expand(2, 6, 1))
 

@@ -74,8 +74,8 @@ def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_pa
 @pytest.mark.parametrize("advection", [False, True], ids=["plain", "prior"])
 def test_training_lowers_the_score_of_the_plain_network_and_of_the_fitted_prior(advection, cube, tmp_path):
     model = {**MODEL, "advection": advection}
-    long = trained_on(cube, tmp_path / "long", steps=60, check_every=20, model=model)
-    assert long.steps == 60
+    long = trained_on(cube, tmp_path / "long", steps=160, check_every=40, model=model)
+    assert long.steps == 160
     assert long.validation["val_crps"] < 0.99 * long.validation["val_crps_prior"]
 
 
@@ -438,7 +438,7 @@ def test_the_prior_is_fitted_on_samples_of_a_side_of_their_own(cube, tmp_path, m
 def test_what_is_local_is_fitted_after_the_prior_and_kept_for_a_training_that_goes_on(cube, tmp_path):
     start = {"learning_rate": 1e-9, "prior_steps": 5}
     without = trained_on(cube, tmp_path / "without", steps=1, local_steps=0, **start).validation
-    with_it = trained_on(cube, tmp_path / "with", steps=1, local_steps=40, **start).validation
+    with_it = trained_on(cube, tmp_path / "with", steps=1, local_steps=150, **start).validation
     assert with_it["val_loss"] < without["val_loss"]
     assert not local_of(tmp_path / "without")["last.weight"].any()
     priors = [load_file(tmp_path / name / "prior.safetensors")["level"] for name in ("with", "without")]
@@ -450,7 +450,7 @@ def test_what_is_local_is_fitted_after_the_prior_and_kept_for_a_training_that_go
     assert kept["last.weight"].any()
     place = tmp_path / "with" / "local.safetensors"
     before = place.stat().st_mtime_ns
-    trained_on(cube, tmp_path / "with", steps=2, local_steps=40, **start)
+    trained_on(cube, tmp_path / "with", steps=2, local_steps=150, **start)
     assert place.stat().st_mtime_ns == before
 
 
@@ -483,15 +483,14 @@ def test_what_is_local_is_fitted_anew_where_half_of_the_start_is_missing(cube, t
 
 def test_what_is_local_is_left_out_where_it_makes_the_validation_worse(cube, tmp_path, monkeypatch, caplog):
     def spoil(self, *_, **__):
-        torch.nn.init.constant_(self.last.bias, 3.0)
-        self.last.bias.data[0] = -3.0  # never dry
+        torch.nn.init.constant_(self.last.bias, 3.0)  # wide open, at twenty times the rate
         self.centre.fill_(1.0)
 
     monkeypatch.setattr("metnet.local.Local.fit", spoil)
     trained_on(cube, tmp_path, steps=1, prior_steps=3, learning_rate=1e-9)
     assert "what is local makes the validation worse by" in caplog.text
     kept = local_of(tmp_path)
-    assert not kept["last.bias"].any() and not kept["last.weight"].any() and not kept["centre"].any()
+    assert kept["last.bias"].max() <= 0 and not kept["last.weight"].any() and not kept["centre"].any()
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_from_what_was_fitted(cube, tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ from safetensors.torch import save
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration
-from metnet.decision import Cuts
 from metnet.scores.crps import Crps
 from pipelines.baselines.persistence import Persistence
 from pipelines.beside import Beside, Sides
@@ -45,14 +44,13 @@ def run(tmp_path):
     edges = network.bins.edges
     level = ((-1.0, 0.3),) * len(edges)
     calibration = Calibration((-2.0,) * len(edges), level, ((0.0, 0.0),) * len(edges), (5.0, 10.0))
-    cuts = Cuts(edges, (5.0, 10.0), ((0.3, 0.2),) * len(edges))
     weights = save(network.state_dict())
     card = {
         "config": {"model": {**MODEL, "frames": 5}},
         "bins": {"edges": edges, "top": network.bins.top},
         "cadence_minutes": [5.0],
         "lead_times": [5.0, 10.0],
-        "calibration": {**calibration.card(), "cuts": cuts.card()},
+        "calibration": calibration.card(),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     (tmp_path / "model.safetensors").write_bytes(weights)
@@ -76,8 +74,6 @@ def test_probabilities_are_calibrated_unless_they_are_not_to_be(run):
     raw = model.uncalibrated()(batch)
     torch.testing.assert_close(model(batch).probability, model.calibration(raw, LEADS).probability)
     assert (model(batch).probability - raw.probability).abs().max() > 0.05
-    assert model.cuts.at(1.0, (5.0, 10.0)) == (0.3, 0.2)
-    assert model.uncalibrated().cuts is None
 
 
 def test_a_run_without_a_calibration_forecasts_as_its_network_does(run):
@@ -90,7 +86,13 @@ def test_a_run_without_a_calibration_forecasts_as_its_network_does(run):
     assert torch.equal(trained(run)(a_batch()).probability, raw.probability)
 
 
-@pytest.mark.parametrize("damage", [{"level": []}, {"cuts": {}}, {"drift": "x"}])
+def test_the_cuts_that_older_cards_tell_are_not_looked_at(run):
+    calibration = json.loads((run / "model.json").read_text())["calibration"]
+    rewritten(run, calibration={**calibration, "cuts": {"thresholds": "none"}})
+    assert trained(run).calibration == Calibration.from_card(calibration, len(calibration["centre"]))
+
+
+@pytest.mark.parametrize("damage", [{"level": []}, {"drift": "x"}])
 def test_a_damaged_calibration_is_refused_by_the_name_of_its_file(run, damage):
     card = json.loads((run / "model.json").read_text())
     rewritten(run, calibration={**card["calibration"], **damage})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metnet.batch import Batch
 from metnet.calibration import undone
+from metnet.decision import own_cut
 from metnet.rain import EnsembleForecast, RainForecast
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
@@ -61,6 +62,17 @@ class Mean:
         mean = batch.radar.nanmean(dim=1)
         mean[..., list(self.unknown)] = torch.nan
         return EnsembleForecast(mean[:, None, None].expand(-1, -1, len(batch.lead_time), -1, -1))
+
+
+@dataclass(frozen=True)
+class Unsure:
+    """Of three members one stays as it is, two say that it will be dry."""
+
+    frames: int = 1
+
+    def __call__(self, batch: Batch) -> EnsembleForecast:
+        stays = Newest()(batch).members
+        return EnsembleForecast(torch.cat([stays, 0 * stays, 0 * stays], dim=1))
 
 
 BASELINES = {"persistence": Newest(), "extrapolation": Mean()}
@@ -173,21 +185,23 @@ def verified(cube: Cube, store: ForecastStore, folder: Path, **keys: object) -> 
     return verify(cube.path, store.path, str(folder), **arguments)  # type: ignore[arg-type]
 
 
-def test_a_run_that_says_its_cuts_is_scored_by_them(cube: Cube, tmp_path: Path) -> None:
-    runs, cuts = range(3, 9), (0.1, 0.3, 0.9)
-    plain = forecast_into(tmp_path / "plain", runs, says)
-    facts = RunFacts(cuts={1.0: cuts}).attributes()
-    decided = forecast_into(tmp_path / "decided", runs, says, facts=facts)
+def test_yes_is_said_from_the_cut_that_each_forecaster_expects_most_of(cube: Cube, tmp_path: Path) -> None:
+    runs, baselines = range(6, 8), {"extrapolation": Mean(), "unsure": Unsure()}
+    store = forecast_into(tmp_path / "made", runs, says)
 
-    def scores(store: ForecastStore, *scores: Csi) -> Tensor:
-        skill = verified(cube, store, tmp_path / "report", scores=scores).report.skill
-        return torch.stack([skill.values(score)[0] for score in skill.scores])
+    def tallied(score: Csi) -> Tensor:
+        report = verified(cube, store, tmp_path / "report", scores=(score,), baselines=baselines).report
+        return report.skill.sums[score.name]
 
-    own, other = scores(decided, Csi(1.0), Csi(5.0))
-    torch.testing.assert_close(other, scores(plain, Csi(5.0))[0])
-    expected = [scores(plain, Csi(1.0, cut))[0, lead] for lead, cut in enumerate(cuts)]
-    torch.testing.assert_close(own, torch.stack(expected))
-    assert (own != scores(plain, Csi(1.0))[0]).any()
+    own, usual = tallied(Csi(1.0)), tallied(Csi(1.0, cut=0.5))
+    assert torch.equal(own[1], usual[1]), "of one that says a number"
+    assert (own[2, :, :, 0] > 0).all() and (usual[2, :, :, 0] == 0).all(), "of one that never says one half"
+    for place, (run, name) in enumerate(zip(runs, store.names(), strict=True)):
+        observed = torch.from_numpy(np.stack([storm(run + 1 + lead) for lead in range(3)]))[None]
+        observed[..., :3, :4] = torch.nan
+        table = torch.from_numpy(store.dataset(name)["probability_of_exceedance"].values[:, 1])[None]
+        yes = table >= own_cut(table.masked_fill(observed.isnan(), torch.nan))[:, :, None, None]
+        assert own[0, place, :, 0].tolist() == (yes & (observed >= 1.0)).sum(dim=(0, 2, 3)).tolist()
 
 
 def test_the_reliability_before_a_run_was_calibrated_is_told_beside_it(cube: Cube, tmp_path: Path) -> None:

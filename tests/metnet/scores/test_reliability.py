@@ -1,5 +1,6 @@
 """The score in metnet/scores/reliability.py, by hand and against other software."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,53 @@ def test_the_diagram_of_members_drawn_like_the_truth_lies_on_the_diagonal() -> N
     filled = curve.count > 300
     assert int(filled.sum()) >= 4
     torch.testing.assert_close(curve.frequency[filled], curve.probability[filled], atol=0.05, rtol=0)
+
+
+def sums_of(points: list[tuple[float, float, float]], bins: int = 10) -> torch.Tensor:
+    """The sums of some (probability, frequency, pixels), each in its bin."""
+    sums = torch.zeros(1, 3, bins, dtype=torch.float64)
+    for probability, frequency, pixels in points:
+        sums[0, :, int(probability * bins)] = torch.tensor(
+            [pixels, probability * pixels, frequency * pixels], dtype=torch.float64
+        )
+    return sums.flatten(1)
+
+
+@pytest.mark.parametrize(("slope", "offset"), [(1.0, 0.0), (0.5, 0.2), (1.1, -0.05), (-1.0, 1.0)])
+def test_the_slope_of_points_on_a_line_is_the_line_s_whatever_their_pixels(
+    slope: float, offset: float
+) -> None:
+    points = [(x, offset + slope * x, 10.0 ** (4 - i)) for i, x in enumerate((0.05, 0.31, 0.55, 0.72))]
+    assert float(Reliability(1.0).slope(sums_of(points))) == pytest.approx(slope)
+
+
+def test_the_slope_is_that_of_least_squares_weighted_by_pixels() -> None:
+    random = np.random.default_rng(0)
+    x = (np.arange(10) + random.random(10)) / 10
+    y, pixels = random.random(10), random.integers(1, 1000, 10).astype(float)
+
+    ours = float(Reliability(1.0).slope(sums_of(list(zip(x, y, pixels, strict=True)))))
+
+    assert ours == pytest.approx(np.polyfit(x, y, 1, w=np.sqrt(pixels))[0])
+    assert ours != pytest.approx(np.polyfit(x, y, 1)[0], rel=0.01)
+
+
+def test_two_points_have_a_slope_and_one_has_none() -> None:
+    score = Reliability(1.0)
+    assert float(score.slope(sums_of([(0.0, 0.1, 90), (0.8, 0.5, 10)]))) == pytest.approx(0.5)
+    for sums in (sums_of([(0.3, 0.2, 50)]), sums_of([])):
+        assert score.slope(sums).isnan().all()
+
+
+def test_probabilities_too_far_from_the_mean_by_a_factor_have_its_inverse_as_slope() -> None:
+    """As of members that are drawn like the truth, but spread too far from the base rate."""
+    random = torch.Generator().manual_seed(0)
+    truth = torch.rand(200_000, generator=random, dtype=torch.float64)
+    happened = torch.rand(200_000, generator=random, dtype=torch.float64) < 0.35 + 0.3 * truth
+    said = 0.2 + 0.6 * truth  # where 0.35 + 0.3 truth came
+    bins = (said * 10).long()
+    parts = [torch.bincount(bins, weight, minlength=10) for weight in (0 * said + 1, said, happened.double())]
+    assert float(Reliability(1.0).slope(torch.cat(parts)[None])) == pytest.approx(0.5, abs=0.02)
 
 
 def test_lead_times_do_not_mix() -> None:

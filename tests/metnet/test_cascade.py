@@ -1,0 +1,128 @@
+"""The cascade: levels that add up, and rain of each size that goes on as its own frames did."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from metnet.cascade import COEFFICIENTS, DRY, LEVELS, Lags, Levels, continued, decibel
+
+AGE = torch.tensor([[0.0, 5.0, 10.0]])
+
+
+def noise(side, seed, size=192):
+    """Smooth noise with lumps of about `side` cells and the variance 1."""
+    field = gaussian_filter(np.random.default_rng(seed).normal(size=(size, size)), side, mode="wrap")
+    return torch.from_numpy((field / field.std()).astype(np.float32))
+
+
+def rain(decibels):
+    """mm/h."""
+    return 10 ** (decibels / 10)
+
+
+def process(first, second, side, frames, seed=0):
+    """Frames in dB of an autoregression with these correlations over one step and two, the newest first."""
+    one, two = first * (1 - second) / (1 - first**2), (second - first**2) / (1 - first**2)
+    left = math.sqrt(1 - one * first - two * second)
+    told = [noise(side, seed), noise(side, seed + 1)]
+    told[1] = first * told[0] + math.sqrt(1 - first**2) * told[1]
+    for step in range(60 + frames):
+        told.append(one * told[-1] + two * told[-2] + left * noise(side, seed + 2 + step))
+    return torch.stack(told[: -frames - 1 : -1])
+
+
+def summed(levels):
+    """All levels and the mean, at full resolution, on a field of one block's value."""
+    return sum(level.mean() for level in levels.each()) + levels.mean.mean()
+
+
+def test_rain_is_told_in_decibel_and_neither_dry_nor_unseen_is_lost():
+    told = decibel(torch.tensor([0.0, 0.05, 0.1, 1.0, 10.0, torch.nan]))
+    assert told.tolist() == pytest.approx([DRY, DRY, -10.0, 0.0, 10.0, 0.0], abs=1e-5)
+
+
+def test_an_even_field_is_its_mean_alone_and_levels_add_up_to_a_field():
+    even = Levels.of(torch.full((1, 64, 64), 10.0))
+    assert all(level.abs().max() < 1e-4 for level in even.each())
+    torch.testing.assert_close(even.mean, torch.full_like(even.mean, 10.0))
+    field = rain(5 * noise(3, 0)[None])
+    assert summed(Levels.of(field)).item() == pytest.approx(decibel(field).mean().item(), abs=0.3)
+
+
+def test_what_is_not_observed_stays_out_of_all_levels():
+    field = torch.full((1, 128, 128), 10.0)
+    field[:, 40:90, 30:] = torch.nan
+    levels = Levels.of(field)
+    seen = ~field.isnan()
+    blocks = seen[:, ::4, ::4]
+    assert all(level[blocks].abs().max() < 1e-3 for level in levels.blurred), "dry ground would stand out"
+    assert levels.sharp[0][seen].abs().max() < 1e-3
+
+
+def test_the_correlations_are_those_of_the_frames():
+    frames = process(0.9, 0.75, 20, 3)
+    lags = Lags.of(rain(5 * frames)[None], AGE)
+    assert lags.near.shape == lags.far.shape == lags.spread.shape == (1, LEVELS, 12, 12)
+    expected = [np.corrcoef(frames[0].flatten(), frames[step].flatten())[0, 1] for step in (1, 2)]
+    loudest = lags.spread.mean(dim=(0, 2, 3)).argmax()
+    found = [part[0, loudest].mean().item() for part in (lags.near, lags.far)]
+    assert found == pytest.approx(expected, abs=0.08)
+
+
+def test_what_grew_goes_on_growing_and_what_stands_stays():
+    lump = 6 * noise(20, 1)[None]
+    grown = torch.stack([rain(lump * strength) for strength in (1.2, 1.1, 1.0)], dim=1)
+    grown = grown * torch.stack([rain(0.3 * noise(20, 5 + n)) for n in range(3)])[None]
+    still = rain(lump)[:, None].repeat(1, 3, 1, 1)
+    for frames, grows in ((grown, True), (still, False)):
+        coefficients = Lags.of(frames, AGE).after(torch.tensor([[0.0, 10.0]]))
+        now, later = (continued(frames[:, 0], frames[:, 1], coefficients[:, lead])[0] for lead in (0, 1))
+        torch.testing.assert_close(now, decibel(frames[:, 0]), atol=0.6, rtol=0.05)
+        slope = (now * later).mean() / (now * now).mean()
+        assert (slope > 1.02) is grows or abs(slope - 1) < 0.02
+
+
+def test_it_forecasts_such_a_process_better_than_the_frame_alone_and_knows_how_well():
+    frames = 6 * process(0.97, 0.90, 14, 5, seed=3)
+    known, truth = rain(frames[2:])[None], frames[0]
+    told, spread = continued(
+        known[:, 0], known[:, 1], Lags.of(known, AGE).after(torch.tensor([[10.0]]))[:, 0]
+    )
+    inside = (slice(40, -40),) * 2
+    shown = truth.clamp(min=-10)[inside]
+    error = (told[0][inside] - shown).square().mean().sqrt()
+    assert error < 0.95 * (decibel(known[0, 0])[inside] - shown).square().mean().sqrt()
+    assert 0.4 < spread.mean() / error < 2.5
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_with_fewer_frames_nothing_is_made_up(frames):
+    fields = rain(5 * torch.stack([noise(8, seed) for seed in range(frames)]))[None]
+    coefficients = Lags.of(fields, AGE[:, :frames]).after(torch.tensor([[5.0, 60.0]]))
+    assert coefficients.shape == (1, 2, COEFFICIENTS, 12, 12)
+    assert coefficients[:, :, : 2 * LEVELS].abs().max() <= 1 + 1e-3, "no trend is told by two frames"
+    told, spread = continued(fields[:, 0], fields[:, -1], coefficients[:, 1])
+    assert torch.isfinite(told).all() and torch.isfinite(spread).all()
+    if frames == 1:
+        torch.testing.assert_close(told, decibel(fields[:, 0]), atol=0.6, rtol=0)
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_frame_that_is_not_there_leaves_the_others_as_they_are(gone):
+    fields = rain(5 * torch.stack([noise(8, seed) for seed in range(3)]))[None]
+    fields[:, gone] = torch.nan
+    coefficients = Lags.of(fields, AGE).after(torch.tensor([[30.0]]))[:, 0]
+    newest = fields[:, 0] if gone else fields[:, 1]
+    told, spread = continued(newest, fields[:, 1], coefficients)
+    assert torch.isfinite(told).all() and torch.isfinite(spread).all()
+    assert told.abs().max() < 60
+
+
+def test_ages_of_every_kind_give_finite_weights():
+    fields = rain(5 * torch.stack([noise(8, seed) for seed in range(3)]))[None]
+    for ages in ([0.0, 5, 10], [0.0, 5, 20], [30.0, 35, 40], [10.0, 0, 5], [0.0, 0, 0]):
+        told = Lags.of(fields, torch.tensor([ages])).after(torch.tensor([[0.0, 1.0, 60.0, 1e4]]))
+        assert torch.isfinite(told).all()
