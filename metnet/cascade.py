@@ -75,18 +75,17 @@ class Lags:
     @classmethod
     def of(cls, frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]) -> "Lags":
         """Those of frames (mm/h) carried to one time, the newest first, and their ages (minutes)."""
-        last = frames.shape[1] - 1
-        chosen = [min(step, last) for step in range(3)]
-        apart = frames[:, chosen].masked_fill(frames[:, chosen].isnan().any(dim=1, keepdim=True), torch.nan)
-        newest, before, oldest = (Levels.of(apart[:, step]) for step in range(3))
+        three, ages = _three(frames, age)
+        apart = three.masked_fill(three.isnan().any(dim=1, keepdim=True), torch.nan)
+        newest, before, oldest = (Levels.of(frame) for frame in apart.unbind(dim=1))
         share = (~apart[:, 0].isnan()).to(frames.dtype)
         told = [
             _lags(*level, share) for level in zip(newest.each(), before.each(), oldest.each(), strict=True)
         ]
         near, far, spread = (torch.stack(part, dim=1) for part in zip(*told, strict=True))
-        gap = age[:, chosen[1]] - age[:, 0]
-        even = (age[:, chosen[2]] - age[:, 0] - 2 * gap).abs() < UNEVEN
-        far = torch.where((even & (last > 1))[:, None, None, None], far, near**2)
+        gap = ages[:, 1] - ages[:, 0]
+        even = (ages[:, 2] - ages[:, 0] - 2 * gap).abs() < UNEVEN
+        far = torch.where(even[:, None, None, None], far, near**2)
         return cls(near, torch.maximum(far, 2 * near**2 - 1 + 1e-3).clamp(max=PERFECT), spread, gap)
 
     def after(
@@ -130,6 +129,20 @@ def continued(
     return total, spread
 
 
+def _three(
+    frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]
+) -> tuple[Float[Tensor, "batch 3 Y X"], Float[Tensor, "batch 3"]]:
+    """The three newest frames and their ages; for one in which nothing was observed stands the one before."""
+    last = frames.shape[1] - 1
+    fields, ages = [frames[:, 0]], [age[:, 0]]
+    for step in (1, 2):
+        field, minutes = frames[:, min(step, last)], age[:, min(step, last)]
+        empty = field.isnan().flatten(1).all(dim=1)
+        fields.append(torch.where(empty[:, None, None], fields[-1], field))
+        ages.append(torch.where(empty, ages[-1], minutes))
+    return torch.stack(fields, dim=1), torch.stack(ages, dim=1)
+
+
 def _lags(
     newest: Float[Tensor, "n y x"],
     before: Float[Tensor, "n y x"],
@@ -143,10 +156,10 @@ def _lags(
     sums = _areas(torch.cat([torch.stack(products, dim=1) * share, share], dim=1), WIDE // side)
     near, far, own, other, last, count = sums.unbind(dim=1)
     known = torch.minimum(own, torch.minimum(other, last)) > NOTHING
-    pairs = ((near, other), (far, last))
+    pairs = ((near, other, PERFECT), (far, last, PERFECT**2))
     first, second = (
-        torch.where(known, both / (own * then + NOTHING**2).sqrt(), PERFECT).clamp(-PERFECT, PERFECT)
-        for both, then in pairs
+        torch.where(known, both / (own * then + NOTHING**2).sqrt(), unknown).clamp(-PERFECT, PERFECT)
+        for both, then, unknown in pairs
     )
     return first, second, (own / count.clamp(min=FEWEST)).sqrt()
 

@@ -220,9 +220,9 @@ def describe(
     """What is known around each pixel at each lead time, of frames that were carried there; never NaN.
 
     For every neighbourhood of `NEAR` the mean of the scaled rate and its spread, the mean over the frames and
-    how they differ, the trend from the oldest to the newest, and how much was observed. The first are the
-    rates at the pixel and close to it. Not the size of a
-    cell, nor how fast the rain moves: where few events are learned from, such numbers name the event.
+    how they differ, the trend from the oldest to the newest, and how much was observed; and what the cascade
+    goes on to. The first are the rates at the pixel and close to it. Not the size of a cell, nor how fast the
+    rain moves: where few events are learned from, such numbers name the event.
 
     Args:
         carried: mm/h, the newest first, in which an older frame fills what a newer one did not see.

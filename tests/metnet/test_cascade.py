@@ -72,17 +72,37 @@ def test_the_correlations_are_those_of_the_frames():
     assert found == pytest.approx(expected, abs=0.08)
 
 
-def test_what_grew_goes_on_growing_and_what_stands_stays():
-    lump = 6 * noise(20, 1)[None]
-    grown = torch.stack([rain(lump * strength) for strength in (1.2, 1.1, 1.0)], dim=1)
-    grown = grown * torch.stack([rain(0.3 * noise(20, 5 + n)) for n in range(3)])[None]
-    still = rain(lump)[:, None].repeat(1, 3, 1, 1)
-    for frames, grows in ((grown, True), (still, False)):
-        coefficients = Lags.of(frames, AGE).after(torch.tensor([[0.0, 10.0]]))
-        now, later = (continued(frames[:, 0], frames[:, 1], coefficients[:, lead])[0] for lead in (0, 1))
-        torch.testing.assert_close(now, decibel(frames[:, 0]), atol=0.6, rtol=0.05)
-        slope = (now * later).mean() / (now * now).mean()
-        assert (slope > 1.02) is grows or abs(slope - 1) < 0.02
+def turning(steps):
+    """A pattern that turns into another one evenly, frame by frame, in dB: the newest frame is step 0."""
+    one, other = 6 * noise(14, 1), 6 * noise(14, 2)
+    return torch.stack([math.cos(0.25 * step) * one + math.sin(0.25 * step) * other for step in steps])
+
+
+def test_what_changed_evenly_goes_on_changing_and_what_stands_stays():
+    frames, truth = rain(turning((0, -1, -2)))[None], decibel(rain(turning((2,))))
+    told, _ = continued(frames[:, 0], frames[:, 1], Lags.of(frames, AGE).after(torch.tensor([[10.0]]))[:, 0])
+    apart = [
+        (field - truth)[:, 40:-40, 40:-40].square().mean().sqrt() for field in (told, decibel(frames[:, 0]))
+    ]
+    assert apart[0] < 0.6 * apart[1]
+    still = frames[:, :1].repeat(1, 3, 1, 1)
+    told, spread = continued(
+        still[:, 0], still[:, 1], Lags.of(still, AGE).after(torch.tensor([[10.0]]))[:, 0]
+    )
+    torch.testing.assert_close(told, decibel(still[:, 0]), atol=0.6, rtol=0)
+    assert spread.max() < 1
+
+
+def test_with_its_oldest_frame_lost_it_is_of_first_order_and_not_surer_of_itself():
+    frames = rain(6 * process(0.9, 0.75, 14, 3))[None]
+    whole = Lags.of(frames, AGE)
+    frames[:, 2] = torch.nan
+    lost = Lags.of(frames, AGE)
+    torch.testing.assert_close(lost.near, whole.near, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lost.far, (lost.near**2).clamp(max=lost.far.max()), atol=2e-3, rtol=0)
+    weights = lost.after(torch.tensor([[30.0]]))
+    assert weights[:, :, LEVELS : 2 * LEVELS].abs().max() < 0.05, "the frame before tells no trend"
+    assert weights[:, :, -1].min() > 0.5 * whole.after(torch.tensor([[30.0]]))[:, :, -1].min() > 0
 
 
 def test_it_forecasts_such_a_process_better_than_the_frame_alone_and_knows_how_well():
