@@ -77,8 +77,7 @@ class BenchedSkill:
             )
             for score, row in event.table.items():
                 told = ", ".join(
-                    f"{ratio['value']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f}) of {name}"
-                    for name, ratio in row["ratio"].items()
+                    f"{_estimate(Estimate(**ratio))} of {name}" for name, ratio in row["ratio"].items()
                 )
                 lines.append(f"  {score}: {told}")
         return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json"])
@@ -291,10 +290,11 @@ def _by_lead_time(difference: Difference) -> dict[str, list[float]]:
 
 
 def _write(folder: Path, events: Sequence[Event]) -> None:
-    """All that was measured, as numbers and as tables to read."""
-    (folder / "skill.json").write_text(json.dumps([asdict(event) for event in events], indent=1))
-    told = goal_table({event.name: event.goals for event in events})
-    page = [*told, "", DECIDED, "", *ratio_tables(events), *_lead_time_tables(events)]
+    """All that was measured, as numbers (null where not known) and as tables to read."""
+    told = [_plain(asdict(event)) for event in events]
+    (folder / "skill.json").write_text(json.dumps(told, indent=1, allow_nan=False))
+    table = goal_table({event.name: event.goals for event in events})
+    page = [*table, "", DECIDED, "", *ratio_tables(events), *_lead_time_tables(events)]
     (folder / "skill.md").write_text("\n".join(page) + "\n")
 
 
@@ -306,11 +306,35 @@ def measured(path: Path) -> tuple[Event, ...]:
     """
     try:
         return tuple(
-            Event(**{**told, "goals": tuple(Goal(**goal) for goal in told.get("goals", ()))})
+            Event(**{**told, "table": _numbers(told["table"]), "goals": tuple(_goals(told))})
             for told in json.loads(path.read_text())
         )
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a skill.json of metnet bench-skill: {error}") from error
+
+
+def _plain(told: Any) -> Any:
+    """The same with null, which JSON knows, for each number that is not known."""
+    if isinstance(told, Mapping):
+        return {key: _plain(value) for key, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [_plain(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told
+
+
+def _numbers(told: Any) -> Any:
+    """The same with NaN for null."""
+    if isinstance(told, Mapping):
+        return {key: _numbers(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [_numbers(value) for value in told]
+    return math.nan if told is None else told
+
+
+def _goals(told: Mapping[str, Any]) -> Iterator[Goal]:
+    """The goals of an event in a `skill.json`."""
+    for goal in told.get("goals", ()):
+        yield Goal(**{**_numbers(goal), "met": goal["met"]})
 
 
 def ratio_tables(events: Sequence[Event]) -> Iterator[str]:
@@ -345,5 +369,13 @@ def _lead_time_tables(events: Sequence[Event]) -> Iterator[str]:
 
 def _ratio(ratio: Estimate) -> str:
     """Bold where the whole interval lies on one side of 1."""
-    text = f"{ratio.value:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
+    text = _estimate(ratio)
     return f"**{text}**" if ratio.high < 1 or ratio.low > 1 else text
+
+
+def _estimate(ratio: Estimate) -> str:
+    """With its interval, if that is known; a dash if not even the ratio is."""
+    if math.isnan(ratio.value):
+        return "-"
+    span = "" if math.isnan(ratio.low) else f" ({ratio.low:.3f}-{ratio.high:.3f})"
+    return f"{ratio.value:.3f}{span}"

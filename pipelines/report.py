@@ -20,7 +20,7 @@ HEADLINE_LEAD = 30  # minutes; the lead time nearest to it is the one the headli
 UNCALIBRATED = "forecast, not calibrated"
 COLUMNS = 6  # lead times in the table on a terminal at most
 TIME = "%Y-%m-%d %H:%M"
-DECIDED = "CSI: a forecast says yes from that probability on for which it expects the highest CSI of itself"
+DECIDED = "CSI: one cut by forecaster and lead time for all runs, where its own probabilities expect most"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def headline(report: Report) -> str:
     start = f"At {skill.lead_times[at]:g} minutes the forecast's {name} is"
     runs = plural(len(skill.init_times), "run")
     if relative != relative:
-        return f"{start} not comparable with {report.reference}'s: nothing was counted, over {runs}."
+        reason = f"{report.reference}'s is 0" if difference.value[at].isfinite() else "nothing was counted"
+        return f"{start} not comparable with {report.reference}'s: {reason}, over {runs}."
     size = f"{abs(relative):.0f} % {'lower' if relative < 0 else 'higher'} than {report.reference}'s"
     if low != low:
         return f"{start} {size} over {runs}: too few to say how sure that is."
@@ -129,13 +130,18 @@ def text_table(report: Report) -> str:
             )
             lines.append(f"{score.name if row == 0 else '':{width}}{name:{who}}{cells}".rstrip())
     lines.append("* best at that lead time")
-    if any(isinstance(score, Csi) and score.cut is None for score in skill.scores):
+    if decides(skill):
         lines.append(DECIDED)
     for reason in dict.fromkeys(report.skipped.values()):
         runs = [run for run, why in report.skipped.items() if why == reason]
         more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
         lines.append(f"left out: {', '.join(runs[:3])}{more}: {reason}")
     return "\n".join(lines)
+
+
+def decides(skill: Skill) -> bool:
+    """Whether the forecasters themselves choose from which probability on they say yes."""
+    return any(isinstance(score, Csi) and score.cut is None for score in skill.scores)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -17,10 +17,12 @@ from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.figures import Case, advantages, case_maps, reliability_diagrams, score_curves
 from pipelines.report import (
+    DECIDED,
     TIME,
     Report,
     as_json,
     best_rows,
+    decides,
     headline,
     number,
     plural,
@@ -56,6 +58,7 @@ def as_html(report: Report, case: Case) -> str:
         reference=escape(report.reference),
         level=f"{100 * LEVEL:.0f} %",
         table=_table(report),
+        decided=f"<p>{DECIDED}.</p>" if decides(skill) else "",
         advantage=_advantage(report),
         curves=score_curves(skill),
         reliability=_reliability(skill),

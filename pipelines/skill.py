@@ -48,33 +48,32 @@ class Skill:
         ours, theirs = (score.value(sums.sum(dim=0)) for sums in paired)
         if len(self.init_times) < FEWEST_RUNS:
             unknown = torch.full_like(ours, torch.nan)
-            return Difference(ours - theirs, unknown, unknown, (ours - theirs) / theirs, unknown, unknown)
+            return Difference(ours - theirs, unknown, unknown, _by(ours - theirs, theirs), unknown, unknown)
         drawn = self._draws(resamples, seed)
-        leads, parts = paired.shape[2:]
-        again = [
-            score.value((drawn @ sums.flatten(1)).view(-1, parts)).view(resamples, leads) for sums in paired
-        ]
-        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-        low, high = torch.nanquantile(again[0] - again[1], tails, dim=0)
-        relative_low, relative_high = torch.nanquantile((again[0] - again[1]) / again[1], tails, dim=0)
-        return Difference(ours - theirs, low, high, (ours - theirs) / theirs, relative_low, relative_high)
+        again = [_again(score, drawn, sums) for sums in paired]
+        difference = again[0] - again[1]
+        return Difference(
+            ours - theirs,
+            *_interval(difference),
+            _by(ours - theirs, theirs),
+            *_interval(difference / again[1]),
+        )
 
     def ratio(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Estimate":
         """The forecast's mean score over the lead times by a baseline's, with the interval of resampled runs.
 
-        Runs are drawn as `difference` draws them. Lead times at which either has no score are left out.
+        Runs are drawn as `difference` draws them. Lead times at which either has no score are left out. NaN
+        where the baseline's mean is 0.
         """
         sums = self.sums[score.name][[0, self.forecasters.index(baseline)]]
         ours, theirs = (score.value(part.sum(dim=0)) for part in sums)
-        value = float(_mean(ours, theirs) / _mean(theirs, ours))
+        value = float(_by(_mean(ours, theirs), _mean(theirs, ours)))
         if len(self.init_times) < FEWEST_RUNS:
             return Estimate(value, math.nan, math.nan)
         drawn = self._draws(resamples, seed)
-        leads, parts = sums.shape[2:]
-        again = [score.value((drawn @ part.flatten(1)).view(-1, parts)).view(-1, leads) for part in sums]
-        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-        low, high = torch.nanquantile(_mean(*again) / _mean(*again[::-1]), tails).tolist()
-        return Estimate(value, low, high)
+        again = [_again(score, drawn, part) for part in sums]
+        low, high = _interval(_mean(*again) / _mean(*again[::-1]))
+        return Estimate(value, float(low), float(high))
 
     def pooled(
         self, score: Score, statistic: Callable[[Tensor], Tensor], resamples: int = 1000, seed: int = 0
@@ -87,9 +86,8 @@ class Skill:
         value = float(statistic(sums.sum(dim=0, keepdim=True))[0])
         if len(self.init_times) < FEWEST_RUNS:
             return Estimate(value, math.nan, math.nan)
-        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-        low, high = torch.nanquantile(statistic(self._draws(resamples, seed) @ sums), tails).tolist()
-        return Estimate(value, low, high)
+        low, high = _interval(statistic(self._draws(resamples, seed) @ sums))
+        return Estimate(value, float(low), float(high))
 
     @property
     def block(self) -> int:
@@ -117,7 +115,7 @@ class Skill:
 class Difference:
     """The forecast's score less a baseline's by lead time; NaN where not known.
 
-    `low` and `high` span 90 %. `relative` is the difference by the baseline's score.
+    `low` and `high` span 90 %. `relative` is the difference by the baseline's score; NaN where that is 0.
     """
 
     value: Tensor
@@ -135,6 +133,27 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def _again(score: Score, drawn: Tensor, sums: Tensor) -> Tensor:
+    """The score (resample, lead) of the sums (run, lead, part) of drawn runs (resample, run).
+
+    Lead by lead: all parts of all resamples at once would take some GB.
+    """
+    return torch.stack([score.value(drawn @ part) for part in sums.unbind(dim=1)], dim=1)
+
+
+def _by(value: Tensor, baseline: Tensor) -> Tensor:
+    """A ratio; NaN where it would be one to nothing."""
+    return value / baseline.masked_fill(baseline == 0, torch.nan)
+
+
+def _interval(again: Tensor) -> tuple[Tensor, Tensor]:
+    """What spans the resamples (first) that have a value; NaN where an end is a ratio to nothing."""
+    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    low, high = torch.nanquantile(again, tails, dim=0)
+    unknown = ~(low.isfinite() & high.isfinite())
+    return low.masked_fill(unknown, torch.nan), high.masked_fill(unknown, torch.nan)
 
 
 def _mean(score: Tensor, other: Tensor) -> Tensor:

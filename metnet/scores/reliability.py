@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from metnet.rain import RainForecast
+from metnet.scores.score import add_up_by_class
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,9 @@ class Reliability:
         """For each bin the pixels, then for each the probabilities, then for each the events."""
         probability = forecast.probability_above(self.threshold)
         counted = ~(probability.isnan() | observed.isnan())
-        leads, bins = probability.shape[1], self.bins + 1  # the last holds what does not count
         said = probability.nan_to_num(nan=0.0)
-        bin_ = (said * self.bins).long().clamp_(0, self.bins - 1).masked_fill_(~counted, self.bins)
-        place = (bin_ + bins * torch.arange(leads, device=bin_.device)[:, None, None]).flatten()
-        seen = observed >= self.threshold
-        parts = [
-            torch.bincount(place, weight.double().flatten(), minlength=leads * bins).view(leads, bins)[:, :-1]
-            for weight in (counted, said, seen)
-        ]
-        return torch.cat(parts, dim=1).double()  # with nothing to count, bincount says so in whole numbers
+        bin_ = (said * self.bins).long().clamp(0, self.bins - 1)
+        return add_up_by_class(bin_, self.bins, counted, said, observed >= self.threshold)
 
     def value(self, sums: Float64[Tensor, "lead part"]) -> Float64[Tensor, "lead"]:
         """The expected calibration error."""

@@ -1,14 +1,15 @@
 """`bench_skill`: every forecaster counts on the same pixels, and what is left out is never learned from."""
 
 import json
+import math
 from functools import partial
 
 import numpy as np
 import pytest
 from lightning import Trainer
 
-from pipelines.bench_skill import Event, bench_skill, measured
-from pipelines.goals import BASELINES
+from pipelines.bench_skill import BenchedSkill, Event, _write, bench_skill, measured, ratio_tables
+from pipelines.goals import BASELINES, Goal
 from pipelines.report import DECIDED
 from pipelines.sources.simulated import Simulated
 from pipelines.train import train
@@ -72,7 +73,7 @@ def benched(tmp_path_factory):
 def test_each_left_out_event_is_told_beside_every_baseline(benched):
     out, result, _ = benched
     assert [event.name for event in result.events] == ["one", "two"]
-    told = json.loads((out / "skill.json").read_text())
+    told = json.loads((out / "skill.json").read_text(), parse_constant=refused)
     crps = told[0]["table"]["fair CRPS mm/h"]
     assert set(crps["values"]) == {"trained", *BASELINES}
     assert all(len(values) == 2 and np.isfinite(values).all() for values in crps["values"].values())
@@ -139,6 +140,29 @@ def test_a_skill_json_that_tells_no_goals_is_read_and_one_with_others_is_refused
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"skill\.json: expected a skill\.json of metnet bench-skill"):
             measured(path)
+
+
+def refused(token):
+    raise AssertionError(f"{token} is no JSON")
+
+
+def test_what_is_not_known_is_null_in_skill_json_a_dash_in_words_and_not_measured_again(tmp_path):
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan}
+    ratio = {"steps": {"value": math.inf, "low": math.nan, "high": math.inf}, "widened": nothing}
+    table = {
+        "CSI >= 5 mm/h": {"values": {"steps": [math.nan, 0.5]}, "ratio": {**ratio, "extrapolation": nothing}}
+    }
+    goal = Goal("CSI", "at least 1.05", math.nan, math.nan, math.nan, None)
+    known = Goal("CRPS", "at most 0.95", 0.5, math.nan, math.nan, True)
+    _write(tmp_path, [Event("one", 3, 9, (5.0, 10.0), table, (goal, known))])
+
+    [told] = json.loads((tmp_path / "skill.json").read_text(), parse_constant=refused)
+    assert told["table"]["CSI >= 5 mm/h"]["ratio"]["steps"] == {"value": None, "low": None, "high": None}
+    assert [goal["met"] for goal in told["goals"]] == [None, True]
+    [event] = measured(tmp_path / "skill.json")
+    assert [str(goal) for goal in event.goals] == ["not measured", "0.5 met"]
+    assert "| one | 3 | - | - | - |" in list(ratio_tables([event]))
+    assert "CSI >= 5 mm/h: - of steps" in str(BenchedSkill("out", (event,)))
 
 
 def test_an_event_that_is_not_there_is_named(tmp_path):

@@ -138,6 +138,16 @@ def test_few_runs_are_called_too_few() -> None:
     assert "no intervals" in second_sentence(report)
 
 
+def test_a_baseline_whose_score_is_0_is_not_compared_by_a_share() -> None:
+    skill = skill_of(8)
+    sums = skill.sums[Crps().name].clone()
+    sums[2, :, :, 0] = 0  # extrapolation is always right
+    report = report_of(replace(skill, sums={**skill.sums, Crps().name: sums}))
+
+    assert "not comparable with extrapolation's: extrapolation's is 0, over 8 runs" in headline(report)
+    strict(json.dumps(as_json(report), allow_nan=False))
+
+
 def test_lead_times_of_one_verdict_stand_together() -> None:
     skill = skill_of(8, lead_times=(5.0, 10.0, 15.0, 20.0))
     sums = skill.sums[Crps().name].clone()
@@ -178,8 +188,12 @@ def test_the_table_marks_the_best_and_holds_every_score_of_everyone(report: Repo
 
 
 @pytest.mark.parametrize(("cut", "told"), [(None, True), (0.5, False)])
-def test_the_table_tells_how_yes_is_decided_where_the_forecast_decides(cut: float | None, told: bool) -> None:
-    assert (DECIDED in text_table(report_of(skill_of(2, scores=(Csi(1.0, cut),))))) == told
+def test_table_and_page_tell_how_yes_is_decided_where_the_forecast_decides(
+    cut: float | None, told: bool
+) -> None:
+    report = report_of(skill_of(2, scores=(Csi(1.0, cut),)))
+    assert (DECIDED in text_table(report)) == told
+    assert (DECIDED in as_html(report, case())) == told
 
 
 def test_the_table_names_what_was_left_out_and_why() -> None:
@@ -312,7 +326,7 @@ def test_the_page_says_it_in_words_and_defines_its_scores(page: str, report: Rep
     for score in report.skill.scores:
         assert score.name in text
     assert "the share where both say so" in text and "Csi(threshold=1.0, cut=None)" in text
-    assert "for which its probabilities expect the highest CSI" in text, "how yes is decided"
+    assert "for which its probabilities expect the highest CSI over all of them" in text, "how yes is decided"
     assert "8 verified, 1 left out" in text and "80 % at 10 min" in text
     assert "snapshot AAA" in text and "10 x 12 cells of 1 km" in text
     assert FOREIGN in text and FOREIGN not in page, "text from a file must be escaped"

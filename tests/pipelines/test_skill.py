@@ -1,5 +1,6 @@
 """What sums by run say of a forecast and how sure that is."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metnet.rain import EnsembleForecast
 from metnet.scores.bias import Bias
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
@@ -128,6 +130,54 @@ def test_relative_differences_are_shares_of_the_baseline() -> None:
 
     assert float(difference.relative[0]) == pytest.approx(-0.25)
     assert float(difference.relative_low[0]) == pytest.approx(-0.25)
+
+
+def test_a_share_of_nothing_is_not_known() -> None:
+    skill = skill_of(torch.tensor([1.5, 0.0]).view(2, 1, 1).expand(2, 6, 1))
+
+    difference, ratio = skill.difference(Crps(), "persistence"), skill.ratio(Crps(), "persistence")
+
+    assert float(difference.value[0]) == float(difference.high[0]) == 1.5
+    assert difference.relative.isnan().all() and difference.relative_high.isnan().all()
+    assert np.isnan([ratio.value, ratio.low, ratio.high]).all()
+
+
+def test_an_interval_with_shares_of_nothing_is_not_known_but_the_share_is() -> None:
+    errors = torch.ones(2, 6, 1)
+    errors[1, 1:] = 0  # of a baseline that errs in one run, which a third of the resamples lack
+
+    ratio = skill_of(errors).ratio(Crps(), "persistence")
+
+    assert ratio.value == pytest.approx(6) and np.isnan([ratio.low, ratio.high]).all()
+
+
+def test_resampled_runs_choose_their_cut_anew_as_the_runs_themselves_would() -> None:
+    score, generator = Csi(1.0), torch.Generator().manual_seed(0)
+    rain = 4 * torch.rand(12, 1, 8, 8, generator=generator) * torch.linspace(0, 1, 12)[:, None, None, None]
+    said = [
+        EnsembleForecast(
+            (rain[:, None] + width * torch.randn(12, 9, 1, 8, 8, generator=generator)).clamp(min=0)
+        )
+        for width in (1.0, 2.0)
+    ]
+    sums = torch.stack(
+        [
+            torch.stack([score.sums(EnsembleForecast(each.members[[run]]), rain[[run]]) for run in range(12)])
+            for each in said
+        ]
+    )
+    skill = replace(skill_of(torch.ones(2, 12, 1)), scores=(score,), sums={score.name: sums})
+    assert skill.block == 1
+    chosen = np.random.default_rng(0).integers(12, size=(50, 12))
+    values = [
+        [float(score.value(score.sums(EnsembleForecast(each.members[runs]), rain[runs]))) for runs in chosen]
+        for each in said
+    ]
+
+    difference = skill.difference(score, "persistence", resamples=50)
+
+    ends = np.quantile(np.subtract(*values), [0.05, 0.95])
+    np.testing.assert_allclose([float(difference.low[0]), float(difference.high[0])], ends, atol=1e-6)
 
 
 @pytest.mark.parametrize(

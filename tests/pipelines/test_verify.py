@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import Float, Float64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from metnet.batch import Batch
 from metnet.calibration import undone
-from metnet.decision import own_cut
 from metnet.rain import EnsembleForecast, RainForecast
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
@@ -185,23 +185,33 @@ def verified(cube: Cube, store: ForecastStore, folder: Path, **keys: object) -> 
     return verify(cube.path, store.path, str(folder), **arguments)  # type: ignore[arg-type]
 
 
-def test_yes_is_said_from_the_cut_that_each_forecaster_expects_most_of(cube: Cube, tmp_path: Path) -> None:
+def test_yes_is_said_from_the_one_cut_that_each_forecaster_expects_most_of(
+    cube: Cube, tmp_path: Path
+) -> None:
     runs, baselines = range(6, 8), {"extrapolation": Mean(), "unsure": Unsure()}
     store = forecast_into(tmp_path / "made", runs, says)
 
     def tallied(score: Csi) -> Tensor:
         report = verified(cube, store, tmp_path / "report", scores=(score,), baselines=baselines).report
-        return report.skill.sums[score.name]
+        return torch.stack([score.decided(sums.sum(dim=0)) for sums in report.skill.sums[score.name]])
 
     own, usual = tallied(Csi(1.0)), tallied(Csi(1.0, cut=0.5))
     assert torch.equal(own[1], usual[1]), "of one that says a number"
-    assert (own[2, :, :, 0] > 0).all() and (usual[2, :, :, 0] == 0).all(), "of one that never says one half"
-    for place, (run, name) in enumerate(zip(runs, store.names(), strict=True)):
-        observed = torch.from_numpy(np.stack([storm(run + 1 + lead) for lead in range(3)]))[None]
-        observed[..., :3, :4] = torch.nan
-        table = torch.from_numpy(store.dataset(name)["probability_of_exceedance"].values[:, 1])[None]
-        yes = table >= own_cut(table.masked_fill(observed.isnan(), torch.nan))[:, :, None, None]
-        assert own[0, place, :, 0].tolist() == (yes & (observed >= 1.0)).sum(dim=(0, 2, 3)).tolist()
+    assert (own[2, :, 0] > 0).all() and (usual[2, :, 0] == 0).all(), "of one that never says one half"
+    observed = np.stack([[storm(run + 1 + lead) for lead in range(3)] for run in runs])
+    observed[..., :3, :4] = np.nan
+    table = np.stack(
+        [store.dataset(name)["probability_of_exceedance"].values[:, 1] for name in store.names()]
+    )
+    for lead in range(3):
+        known = ~np.isnan(observed[:, lead])
+        said, fell = table[:, lead][known], observed[:, lead][known] >= 1.0
+
+        def expected(cut: float, said: NDArray[np.float32] = said) -> float:
+            return float(said[said >= cut].sum() / ((said >= cut).sum() + said[said < cut].sum()))
+
+        yes = said >= max(np.unique(said[said > 0]).tolist(), key=expected)
+        assert own[0, lead].tolist() == [(yes & fell).sum(), (~yes & fell).sum(), (yes & ~fell).sum()]
 
 
 def test_the_reliability_before_a_run_was_calibrated_is_told_beside_it(cube: Cube, tmp_path: Path) -> None:
