@@ -68,12 +68,12 @@ def draw(path: Path, title: str, grid: Grid, rows: Sequence[Sequence[Panel]]) ->
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     axes = figure.subplots(len(rows), count, squeeze=False, sharex=True, sharey=True)
     for line, row in zip(axes, rows, strict=True):
-        scale = _scale(row)
+        scale = scale_of(row)
         for panel, place in zip(row, line, strict=False):
             _draw(place, grid, panel, scale)
         for place in line[len(row) :]:
             place.set_visible(False)
-        _show_scale(figure, list(line[: len(row)]), scale)
+        show_scale(figure, list(line[: len(row)]), scale)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -135,7 +135,9 @@ def _graticule(axes: Axes, grid: Grid, unit: float) -> None:
             continue
         levels = MaxNLocator(5).tick_values(float(values.min()), float(values.max()))
         lines = axes.contour(x, y, values, levels=levels, colors="#000000", alpha=0.25, linewidths=0.6)
-        axes.clabel(lines, fmt=lambda degree, suffix=suffix: f"{degree:g}°{suffix}", fontsize=7)
+        for label in axes.clabel(lines, fmt=lambda degree, suffix=suffix: f"{degree:g}°{suffix}", fontsize=7):
+            upwards = (label.get_rotation() + 45) % 180 - 45  # one way for all: turned round, 9.6 reads 9.9
+            label.set(rotation=upwards, alpha=0.7)
 
 
 def _places(size: int, step: int) -> NDArray[np.intp]:
@@ -143,7 +145,7 @@ def _places(size: int, step: int) -> NDArray[np.intp]:
     return np.unique(np.append(np.arange(0, size, step), size - 1))
 
 
-def _scale(row: Sequence[Panel]) -> Scale:
+def scale_of(row: Sequence[Panel]) -> Scale:
     """The colours that all panels of a row share."""
     variable = row[0].variable
     if row[0].probability:
@@ -154,15 +156,16 @@ def _scale(row: Sequence[Panel]) -> Scale:
     if variable.classes:
         return _scale_of_classes(variable)
     if variable.units in RAINY_UNITS:
-        labels = [f"{level:g}" for level in RAIN_LEVELS]
-        return Scale(*rain_colours(), RAIN_LEVELS, labels, f"{RAINY_UNITS[variable.units]}; grey: unobserved")
+        levels = (0.0, *RAIN_LEVELS)
+        meaning = f"{RAINY_UNITS[variable.units]}; grey: not observed"
+        return Scale(*rain_colours(), levels, [f"{level:g}" for level in levels], meaning)
     known = np.concatenate([panel.field[~np.isnan(panel.field)] for panel in row])
     if variable.units == "dBZ":
         known = known[known > NO_ECHO]
     low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
     colours = matplotlib.colormaps["cividis"].with_extremes(bad=MISSING_COLOUR)
     spread = Normalize(float(low), float(high) if high > low else float(low) + 1.0)
-    return Scale(colours, spread, None, None, f"{variable.units}; grey: unobserved")
+    return Scale(colours, spread, None, None, f"{variable.units}; grey: not observed")
 
 
 def _scale_of_classes(variable: Variable) -> Scale:
@@ -177,15 +180,16 @@ def _scale_of_classes(variable: Variable) -> Scale:
     labels = [meaning.replace("_", " ") for _, meaning in variable.classes]
     middles = [(low + high) / 2 for low, high in pairwise(norm.boundaries)]
     shown = colours.with_extremes(bad=MISSING_COLOUR)
-    return Scale(shown, norm, middles, labels, "grey: unobserved")
+    return Scale(shown, norm, middles, labels, "grey: not observed")
 
 
-def _show_scale(figure: Figure, axes: Sequence[Axes], scale: Scale) -> None:
+def show_scale(figure: Figure, axes: Sequence[Axes], scale: Scale) -> None:
     """The scale of colours of a row of panels."""
     drawn: Any = ScalarMappable(scale.norm, scale.colours)
     bar = figure.colorbar(drawn, ax=axes, ticks=scale.ticks, shrink=0.9, pad=0.01, spacing="uniform")
     bar.ax.tick_params(labelsize=8)
     if scale.labels is not None:
         bar.ax.set_yticklabels(list(scale.labels), fontsize=8)
+    bar.minorticks_off()
     bar.set_label(scale.meaning, fontsize=8)
-    bar.outline.set_visible(False)
+    bar.outline.set(edgecolor="#999999", linewidth=0.6)  # or the white end is lost on the page

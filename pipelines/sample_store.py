@@ -93,12 +93,12 @@ class SampleStore:
         self.cube, self.folder = cube, folder
         self.path, self.snapshot = cube.path, cube.snapshot
         self.grid, self.variable = cube.grid, cube.variable
-        about = json.loads((folder / ABOUT).read_bytes())
+        size = _told_size(folder / ABOUT)
         self._parts, self._table = checked.load(folder / PARTS), checked.load(folder / TABLE)
         with (folder / BLOCKS).open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._data) != about["bytes"]:
-            raise ValueError(f"{folder / BLOCKS}: has {len(self._data)} bytes, expected {about['bytes']}")
+        if len(self._data) != size:
+            raise ValueError(f"{folder / BLOCKS}: has {len(self._data)} bytes, expected {size}")
         self._start, self._size = cube.times[0], len(cube.times)
 
     def __reduce__(self) -> tuple[type["SampleStore"], tuple[Observations, Path]]:
@@ -222,7 +222,9 @@ class SampleStore:
 
 
 def _make(cube: Observations, path: Path, crop: int | None) -> None:
-    """Makes a store aside in one pass over the frames, and moves it into place whole."""
+    """Makes a store aside in one pass over the frames, and moves it into place whole; wants its lock."""
+    for left in path.parent.glob(f".{path.name}.*/"):  # by a making that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     windows = None if crop is None else Windows.of(cube.grid.shape, crop)
     try:
@@ -252,6 +254,19 @@ def _make(cube: Observations, path: Path, crop: int | None) -> None:
         aside.rename(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _told_size(about: Path) -> int:
+    """How many bytes the blocks have.
+
+    Raises:
+        ValueError: if it is not told.
+    """
+    told = json.loads(about.read_bytes())
+    size = told.get("bytes") if isinstance(told, dict) else None
+    if not isinstance(size, int):
+        raise ValueError(f"{about}: does not tell how many bytes {BLOCKS} has")
+    return size
 
 
 def _packed(file: BinaryIO, bits: Bits) -> tuple[list[int], list[list[Entry]]]:

@@ -137,11 +137,16 @@ class Best:
 
 @dataclass(frozen=True)
 class Shown:
-    """A validation sample with what was forecast for it, to be drawn."""
+    """Validation samples with what was forecast for them, to be drawn."""
 
     batch: Batch
     target: Tensor  # mm/h
     forecasts: Mapping[str, RainForecast]
+
+    @property
+    def rain(self) -> Tensor:
+        """What fell on each sample, added up over its cells and lead times (mm/h)."""
+        return self.target.nan_to_num().flatten(1).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class Task(LightningModule):
         self.scored_at = -1  # the step it was done at
         self.untrained: dict[str, float] = {}  # the scores before training
         self.best: Best | None = None
-        self.shown: Shown | None = None  # of the last validation
+        self.shown: Shown | None = None  # of the last validation, the batch with the rainiest sample
         self.skipped = 0  # steps, in all
         self._in_a_row = 0
         self._gathered = Gathered()
@@ -341,6 +346,7 @@ class Task(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Nothing is summed up yet."""
         self._sums.zero_()
+        self.shown = None
         self.validation.begin()
         self._baselines = self.validation.wants_baselines
 
@@ -368,9 +374,9 @@ class Task(LightningModule):
                 both.sum(),
             ]
         ).to(self._sums)
-        self._score(batch, target, forecast, first=batch_idx == dataloader_idx == 0)
+        self._score(batch, target, forecast)
 
-    def _score(self, batch: Batch, target: Tensor, forecast: RainForecast, first: bool) -> None:
+    def _score(self, batch: Batch, target: Tensor, forecast: RainForecast) -> None:
         """Scores the network, and the baselines where that is not known, on the pixels that all forecast."""
         members = {
             "persistence": Persistence()(batch).members[:, 0],
@@ -383,8 +389,9 @@ class Task(LightningModule):
         asked: dict[str, RainForecast] = {FORECAST: forecast, **(baselines if self._baselines else {})}
         for name, each in asked.items():
             self.validation.add(name, each, common, leads)
-        if first:
-            self.shown = Shown(batch, target, {**baselines, FORECAST: forecast})
+        shown = Shown(batch, target, {**baselines, FORECAST: forecast})
+        if self.shown is None or shown.rain.max() > self.shown.rain.max():
+            self.shown = shown
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all validation samples, and remembers the best weights.

@@ -27,6 +27,7 @@ from metnet.rain import BinnedForecast, RainBins, RainForecast
 from pipelines.construct import construct
 from pipelines.motion import FRAMES, motion
 from pipelines.pretrained import run_folder
+from pipelines.version import version
 
 WEIGHTS, CARD, PRIOR = "model.safetensors", "model.json", "prior.safetensors"
 Published = MetNet1 | MetNet2  # they forecast the middle of what they see
@@ -212,7 +213,12 @@ def trained(path: str | Path) -> TrainedModel:
         network.load_state_dict(load(data), strict=True)
     except (RuntimeError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise ValueError(f"{weights}: not the weights of the model in {CARD}: {detail} ...") from error
+        raise ValueError(
+            f"{weights}: not the weights that this metnet-nowcast {version()} wants for the model in {CARD}; "
+            f"most probably another state of the software trained it ({CARD} names "
+            f"{card.get('software', 'none')}, made {card.get('created', 'at an unknown time')}): train it "
+            f"again, or open it with the software of that time. In detail: {detail} ..."
+        ) from error
     return TrainedModel(network.eval(), card, sha256, _calibration(folder, card, network.bins))
 
 

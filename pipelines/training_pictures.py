@@ -1,29 +1,29 @@
 """`Pictures`: what a network says of a validation sample, drawn at each validation of its training."""
 
 import io
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.palette import MISSING_COLOUR, rain_colours
-from pipelines.pictures import CHANCE_COLOURS, CHANCES
+from pipelines.pictures import Panel, scale_of, show_scale
 from pipelines.task import Shown, Task
 
 THRESHOLD = 1.0  # mm/h, of the probabilities
 MOST = 4  # lead times
 SIDE = 1.9  # inches of a panel
-DOTS = 80  # an inch
+BAR = 0.9  # inches, of the colour bars
+DOTS = 100  # an inch
 
 
 class Pictures(Callback):
-    """Draws the rainiest sample of the first validation batch: seen, extrapolated and forecast.
+    """Draws the rainiest validation sample: seen, extrapolated and forecast.
 
     One file a validation, and an image in TensorBoard.
 
@@ -50,35 +50,42 @@ class Pictures(Callback):
 
 
 def drawn(shown: Shown, title: str) -> bytes:
-    """A PNG of one sample: a row for what was seen and for each forecaster, a column for each lead time."""
-    sample = int(shown.target.nan_to_num().flatten(1).sum(dim=1).argmax())
+    """A PNG of the rainiest sample: a row for what was seen and for each forecaster, a column a lead time."""
+    sample = int(shown.rain.argmax())
+    init = datetime.fromtimestamp(int(shown.batch.init_time[sample]), UTC)
     leads = shown.batch.lead_time.tolist()
     columns = sorted({round(place) for place in np.linspace(0, len(leads) - 1, min(MOST, len(leads)))})
-    rows: list[tuple[str, NDArray[np.float32], bool]] = [
-        ("observed", shown.target[sample].cpu().numpy(), False)
-    ]
-    for name, forecast in shown.forecasts.items():
-        if name == "forecast":
-            chance = forecast.probability_above(THRESHOLD)[sample].cpu().numpy()
-            rows.append((f"P(rain >= {THRESHOLD:g} mm/h)", chance, True))
-        else:
-            rows.append((name, forecast.mean()[sample].cpu().numpy(), False))
-    rates, norm = rain_colours()
-    chances = ListedColormap(list(CHANCE_COLOURS), name="probability").with_extremes(bad=MISSING_COLOUR)
-    chance_norm = BoundaryNorm([*CHANCES, 1.0001], len(CHANCE_COLOURS))
-    with matplotlib.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(SIDE * len(columns) + 0.4, SIDE * len(rows) + 0.5), dpi=DOTS)
+    rows = _rows(shown, sample)
+    with matplotlib.rc_context({"font.size": 8, "axes.edgecolor": "#999999"}):
+        size = SIDE * len(columns) + BAR, SIDE * len(rows) + 0.6
+        figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
+        figure.suptitle(f"{title}: forecast from {init:%Y-%m-%d %H:%M} UTC", x=0.01, ha="left", fontsize=10)
         panels = figure.subplots(len(rows), len(columns), squeeze=False)
-        for line, (label, fields, chance_row) in zip(panels, rows, strict=True):
+        for line, row in zip(panels, rows, strict=True):
+            scale = scale_of([row])
             for panel, column in zip(line, columns, strict=True):
-                colours, scale = (chances, chance_norm) if chance_row else (rates, norm)
-                panel.imshow(fields[column], cmap=colours, norm=scale, interpolation="nearest")
+                field = row.field[column]
+                panel.imshow(field, cmap=scale.colours, norm=scale.norm, interpolation="nearest")
                 panel.set(xticks=[], yticks=[])
-            line[0].set_ylabel(label)
+            line[0].set_ylabel(row.title)
         for panel, column in zip(panels[0], columns, strict=True):
-            panel.set_title(f"+{leads[column]:g} min")
-        figure.suptitle(title, x=0.01, ha="left")
-        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.01, top=0.92, wspace=0.03, hspace=0.05)
+            valid = init + timedelta(minutes=leads[column])
+            panel.set_title(f"+{leads[column]:g} min, {valid:%H:%M}", fontsize=8)
+        for _, group in groupby(zip(panels, rows, strict=True), key=lambda pair: pair[1].probability):
+            alike = list(group)
+            show_scale(figure, [panel for line, _ in alike for panel in line], scale_of([alike[0][1]]))
         file = io.BytesIO()
         figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def _rows(shown: Shown, sample: int) -> list[Panel]:
+    """What was seen and what each forecaster said of a sample, at all lead times: fields (lead, y, x)."""
+    rows = [Panel("observed", shown.target[sample].cpu().numpy())]
+    for name, forecast in shown.forecasts.items():
+        if name == "forecast":
+            chance = forecast.probability_above(THRESHOLD)[sample].cpu().numpy()
+            rows.append(Panel(f"P(rain ≥ {THRESHOLD:g} mm/h)", chance, probability=True))
+        else:
+            rows.append(Panel(name, forecast.mean()[sample].cpu().numpy()))
+    return rows

@@ -1,6 +1,10 @@
 """A store is its cube to the last bit, is made once, and never gives what is damaged."""
 
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,7 +21,7 @@ from pipelines.cube import Cube
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.rain_index import RainIndex, Windows
-from pipelines.sample_store import BLOCKS, PARTS, SIDE, TABLE, SampleStore, stored
+from pipelines.sample_store import ABOUT, BLOCKS, FRAMES, PARTS, SIDE, TABLE, SampleStore, stored
 from pipelines.samples import Samples, Span
 from pipelines.sources.mrms import Mrms
 
@@ -84,6 +88,20 @@ def test_every_value_comes_back_to_the_last_bit_however_many_there_are(tmp_path,
     assert same(store.block(START, 11), cube.rain)
     assert (store.grid, store.times, store.cadence) == (cube.grid, cube.times, cube.cadence)
     assert store.observed.tolist() == cube.observed.tolist()
+
+
+@pytest.mark.parametrize(("values", "width"), [(256, 1), (257, 2), (65536, 2), (65537, 4)])
+def test_as_many_values_as_a_number_can_tell_come_back_and_one_more_takes_a_wider_number(
+    tmp_path, values, width
+):
+    known = np.arange(values, dtype=np.float32) / 8
+    cells = FRAMES * 3 * SIDE * SIDE
+    fields = np.resize(known, cells).reshape(FRAMES, SIDE, 3 * SIDE)
+    np.random.default_rng(0).shuffle(fields.reshape(-1))
+    cube = Field(fields)
+    store = stored(cube, folder=tmp_path)
+    assert len(np.unique(fields)) == values and store._parts[0, -1] == width
+    assert same(store.block(START, FRAMES), fields)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +253,38 @@ def test_a_making_that_was_stopped_leaves_nothing_that_is_taken_for_a_store(tmp_
     assert same(stored(cube, folder=tmp_path).block(START, 11), cube.rain)
 
 
-@pytest.mark.parametrize("name", [TABLE, PARTS, "about.json", BLOCKS])
+def test_what_a_making_that_was_killed_left_behind_goes_with_the_next_and_nothing_else_does(tmp_path):
+    cube = Field(rain())
+    code = f"""
+        import os, signal
+        from pathlib import Path
+        from pipelines import sample_store
+        from tests.pipelines.test_sample_store import Field, rain
+        sample_store._packed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        sample_store.stored(Field(rain()), folder=Path({str(tmp_path)!r}))
+    """
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, check=False)
+    (place,) = tmp_path.iterdir()
+    (left,) = place.glob(".radar-*")
+    other = place / ".radar-of-another-snapshot.at-work"  # under its own lock
+    other.mkdir()
+    assert killed.returncode == -signal.SIGKILL and (left / BLOCKS).is_file()
+    store = stored(cube, folder=tmp_path)
+    assert same(store.block(START, 11), cube.rain)
+    assert {path for path in place.iterdir() if path.is_dir()} == {store.folder, other}
+
+
+@pytest.mark.parametrize("told", ["{}", "[]", "null", "3", '{"bytes": null}'])
+def test_a_store_that_does_not_tell_its_size_is_made_anew(tmp_path, told):
+    cube = Field(rain())
+    folder = stored(cube, folder=tmp_path).folder
+    (folder / ABOUT).write_text(told)
+    assert same(stored(cube, folder=tmp_path).block(START, 11), cube.rain)
+    assert '"bytes"' in (folder / ABOUT).read_text()
+
+
+@pytest.mark.parametrize("name", [TABLE, PARTS, ABOUT, BLOCKS])
 def test_a_store_that_is_not_whole_is_made_anew(tmp_path, name):
     cube = Field(rain())
     folder = stored(cube, folder=tmp_path).folder

@@ -369,7 +369,7 @@ def test_a_damaged_run_folder_is_refused(run, tmp_path, damage):
         "no card": "no model.json there",
         "not JSON": "not JSON",
         "other bins": "its bins are not those",
-        "other width": "not the weights of the model",
+        "other width": "not the weights that this",
     }[damage]
     if damage == "flipped bit":
         weights[-5] ^= 1

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration
@@ -21,6 +21,7 @@ from pipelines.past import cut
 from pipelines.plain import rain_cube
 from pipelines.trained import TrainedModel, trained, untrained
 from pipelines.verify import verify
+from pipelines.version import version
 from tests.pipelines.training import (
     FIVE,
     MODEL,
@@ -90,6 +91,22 @@ def test_the_cuts_that_older_cards_tell_are_not_looked_at(run):
     calibration = json.loads((run / "model.json").read_text())["calibration"]
     rewritten(run, calibration={**calibration, "cuts": {"thresholds": "none"}})
     assert trained(run).calibration == Calibration.from_card(calibration, len(calibration["centre"]))
+
+
+@pytest.mark.parametrize("change", ["another size", "another name"])
+def test_weights_of_another_state_of_the_software_are_refused_with_what_to_do(run, change):
+    weights = load((run / "model.safetensors").read_bytes())
+    name = next(iter(weights))
+    old = weights.pop(name)
+    weights[name if change == "another size" else "formerly.called"] = torch.cat([old, old])
+    (run / "model.safetensors").write_bytes(save(weights))
+    sha256 = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    told = {"software": "metnet-nowcast 0.0.7", "created": "2025-01-02T03:04:05+00:00"}
+    rewritten(run, sha256=sha256, **told)
+    with pytest.raises(ValueError, match="another state of the software trained it") as refused:
+        trained(run)
+    for part in (version(), *told.values(), "train it again", name):
+        assert part in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", [{"level": []}, {"drift": "x"}])
