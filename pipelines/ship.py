@@ -11,6 +11,7 @@ from string import Template
 from typing import Any
 
 from pipelines.bench_skill import Event, measured, ratio_tables
+from pipelines.goals import goal_table
 from pipelines.pretrained import FOLDER, NAME
 from pipelines.terms import TERMS
 from pipelines.trained import CARD, WEIGHTS, TrainedModel, trained
@@ -121,6 +122,15 @@ def _texts(node: Any) -> Iterator[str]:
         yield from (text for inner in node for text in _texts(inner))
 
 
+def _told(skill: Sequence[Event]) -> Iterator[str]:
+    """What the skill is: the ratios to the baselines, then the goals, as lines of Markdown."""
+    yield from ratio_tables(skill)
+    if goals := {event.name: event.goals for event in skill if event.goals}:
+        yield "What the project wants of it, and what was met:"
+        yield ""
+        yield from goal_table(goals)
+
+
 def model_card(model: TrainedModel, learned: Sequence[str], machine: str, skill: Sequence[Event]) -> str:
     """The model card, in Markdown: the template with what the run and its `skill.json` tell."""
     card = model.card
@@ -143,7 +153,7 @@ def model_card(model: TrainedModel, learned: Sequence[str], machine: str, skill:
         software=card["software"],
         sha256=card["sha256"],
         data="\n".join(f"| {row.event} | {row.rain} | {row.source} | {row.licence} |" for row in rows),
-        skill="\n".join(ratio_tables(skill)).rstrip() if skill else UNMEASURED,
+        skill="\n".join(_told(skill)).rstrip() if skill else UNMEASURED,
     )
 
 

@@ -2,14 +2,14 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from pipelines import ship as shipping
 from pipelines.bench_skill import Event
-from pipelines.goals import BASELINES
+from pipelines.goals import BASELINES, Goal
 from pipelines.ship import ship
 from pipelines.trained import trained
 from tests.pipelines.training import drifting, made_cube, trained_on
@@ -88,7 +88,20 @@ def test_the_table_of_skill_is_that_of_skill_json(run, tmp_path):
         [row] = re.findall(rf"^\| {name} \| 9 \| (.*) \|$", page, re.MULTILINE)
         numbers = [tuple(map(float, found)) for found in re.findall(cell, row)]
         assert numbers == [pytest.approx((ratio, ratio - 0.0123, ratio + 0.0123), abs=6e-4)] * len(BASELINES)
-    assert "Not measured" not in page
+    assert "Not measured" not in page and "| goal |" not in page
+
+
+def test_the_card_tells_the_goals_and_which_were_missed(run, tmp_path):
+    goal = Goal("fair CRPS, ratio to STEPS", "at most 0.95", 0.97, 0.96, 0.98, False)
+    events = [replace(event("mch2017", 0.97), goals=(goal,)), event("bom_cscn", 1.0)]
+    (tmp_path / "skill.json").write_text(json.dumps([asdict(each) for each in events]))
+    ship(str(run), "two cores", str(tmp_path / "skill.json"), tmp_path / "pretrained")
+    page = (tmp_path / "pretrained" / "MODEL_CARD.md").read_text()
+    assert (
+        f"| goal | wanted | mch2017 |\n|---|---|---|\n| {goal.name} | {goal.wanted} | 0.97 (0.96-0.98) **missed** |"
+        in page
+    )
+    assert "| met | all | 0 of 1 |" in page
 
 
 def test_a_model_that_ships_takes_the_place_of_the_last_one(run, tmp_path):
