@@ -21,13 +21,16 @@ from metnet.prior import BLOCK, COARSE, FEWEST, FINE, SIDES, box_mean
 WET, DRY = 0.1, -15.0  # mm/h, below which rain counts as so many dB (mm/h)
 WIDE = 4 * BLOCK  # cells: side of the blocks that coefficients are told for
 PER_BLOCK = WIDE // BLOCK
-AREA = 17  # such blocks along a side of the area whose frames tell them
+AREA = 33  # such blocks along a side of the area whose frames tell them
 LONGEST = 40  # steps of an autoregression; what is asked for later stands still
-PERFECT = 0.9995  # the highest correlation, and that of what nothing is known of
-NOTHING = 1e-3  # dB squared: variance of what does not change
-SHORTEST, UNEVEN = 1.0, 0.5  # minutes: of a step, and by which three frames may be unevenly spaced
-LEVELS = len(SIDES)
+PERFECT = 0.9999  # the highest correlation
+NOTHING = 1e-2  # dB squared: variance of what tells next to nothing
+LEAST = 1e-6  # share of an area: less than a cell of it
+LASTING, LONGER = 0.45, 1.5  # minutes that a lump of a cell usually lasts, and how that grows with its side
+ALONE, UNEVEN = 5.0, 0.5  # minutes: a step where there is one frame; and by which three may be uneven
 SHARP = len(FINE)  # levels that are kept at full resolution, the others in blocks
+LARGEST = (*SIDES[1:], WIDE * AREA)  # cells: sides of the largest lumps of each level
+LEVELS = len(LARGEST)
 COEFFICIENTS = 2 * LEVELS + 1  # of a lead time: of both frames at each level, and the spread
 
 
@@ -47,16 +50,21 @@ class Levels:
 
     @classmethod
     def of(cls, rate: Float[Tensor, "n Y X"]) -> "Levels":
-        """The levels of rain in mm/h, on a grid whose sides are multiples of 4."""
-        seen = (~rate.isnan()).to(rate.dtype)
-        pair = torch.stack([decibel(rate), seen], dim=1)
+        """The levels of rain in mm/h, on a grid whose sides are multiples of 4.
+
+        What was not observed counts as the next wider mean has it, and far from all that was as dry.
+        """
+        pair = torch.stack([decibel(rate), (~rate.isnan()).to(rate.dtype)], dim=1)
         blocks = F.avg_pool2d(pair, BLOCK)
-        sharp = [_ratio(box_mean(pair, side)) for side in FINE]
-        wide = [_ratio(box_mean(blocks, side)) for side in COARSE]
-        mean = _ratio(_risen(_areas(blocks, PER_BLOCK), blocks.shape[2:], PER_BLOCK))
-        steps = tuple(narrow - wider for narrow, wider in pairwise([*wide, mean]))
-        sharp.append(_risen(wide[0][:, None], rate.shape[1:], BLOCK)[:, 0])
-        return cls(tuple(narrow - wider for narrow, wider in pairwise(sharp)), steps, mean)
+        around = risen(areas(blocks, PER_BLOCK, AREA), blocks.shape[2:], PER_BLOCK)
+        wide = [_mean(around, torch.full_like(around[:, :1], DRY))]
+        for side in COARSE[::-1]:
+            wide.insert(0, _mean(box_mean(blocks, side), wide[0]))
+        sharp = [risen(wide[0], rate.shape[1:], BLOCK)]
+        for side in FINE[::-1]:
+            sharp.insert(0, _mean(box_mean(pair, side), sharp[0]))
+        parted = [[(narrow - wider)[:, 0] for narrow, wider in pairwise(means)] for means in (sharp, wide)]
+        return cls(tuple(parted[0]), tuple(parted[1]), wide[-1][:, 0])
 
     def each(self) -> Iterator[Tensor]:
         """All levels, the narrowest first."""
@@ -70,23 +78,28 @@ class Lags:
     near: Float[Tensor, "batch level rows columns"]  # correlation of the newest frame and the one before
     far: Float[Tensor, "batch level rows columns"]  # and the one before that, or as near tells it
     spread: Float[Tensor, "batch level rows columns"]  # standard deviation of the newest frame, dB
-    gap: Float[Tensor, "batch"]  # minutes from the frame before to the newest; 0: there is none
+    gap: Float[Tensor, "batch"]  # minutes that near is over
 
     @classmethod
     def of(cls, frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]) -> "Lags":
         """Those of frames (mm/h) carried to one time, the newest first, and their ages (minutes)."""
         three, ages = _three(frames, age)
-        apart = three.masked_fill(three.isnan().any(dim=1, keepdim=True), torch.nan)
-        newest, before, oldest = (Levels.of(frame) for frame in apart.unbind(dim=1))
-        share = (~apart[:, 0].isnan()).to(frames.dtype)
-        told = [
-            _lags(*level, share) for level in zip(newest.each(), before.each(), oldest.each(), strict=True)
-        ]
-        near, far, spread = (torch.stack(part, dim=1) for part in zip(*told, strict=True))
+        fields = [Levels.of(frame) for frame in three.unbind(dim=1)]
+        seen = (~three.isnan()).to(frames.dtype)
         gap = ages[:, 1] - ages[:, 0]
-        even = (ages[:, 2] - ages[:, 0] - 2 * gap).abs() < UNEVEN
-        far = torch.where(even[:, None, None, None], far, near**2)
-        return cls(near, torch.maximum(far, 2 * near**2 - 1 + 1e-3).clamp(max=PERFECT), spread, gap)
+        even = (gap > 0) & ((ages[:, 2] - ages[:, 0] - 2 * gap).abs() < UNEVEN)
+        known = torch.stack([gap > 0, even], dim=1)[:, :, None, None] * seen[:, :1] * seen[:, 1:]
+        gap = torch.where(gap > 0, gap, ALONE)
+        told = []
+        for largest, newest, before, oldest in zip(LARGEST, *(field.each() for field in fields), strict=True):
+            usual = torch.exp(-gap / (LASTING * largest**LONGER))[:, None, None]
+            near = _correlation(newest, before, known[:, 0], usual)
+            far = _correlation(newest, oldest, known[:, 1], near**2)
+            told.append((near, far, _spread(newest, seen[:, 0])))
+        near, far, spread = (torch.stack(part, dim=1) for part in zip(*told, strict=True))
+        # the least for which what swings dies down
+        least = (3 * near**2 - 2 + 2 * (1 - near**2) ** 1.5) / (near**2).clamp(min=1e-4)
+        return cls(near, torch.maximum(far, least), spread, gap)
 
     def after(
         self, minutes: Float[Tensor, "batch lead"]
@@ -96,8 +109,7 @@ class Lags:
         For each lead time, in minutes after the newest frame: of the newest frame at each level, then of the
         one before it, then the standard deviation (dB) of what the levels leave open.
         """
-        steps = (minutes / self.gap.clamp(min=SHORTEST)[:, None]).clamp(0.0, LONGEST - 1e-3)
-        steps = steps * (self.gap > 0)[:, None]  # of one frame nothing goes on but the frame itself
+        steps = (minutes / self.gap[:, None]).clamp(0.0, LONGEST - 1e-3)
         rest = 1 - self.near**2
         one, two = self.near * (1 - self.far) / rest, (self.far - self.near**2) / rest  # Yule-Walker
         now, then = _recurred(one, two, steps).unbind(dim=2)
@@ -117,13 +129,13 @@ def continued(
     shape = both[0].mean.shape[1:]
     blurred = both[0].mean
     for parts, frame in zip((now, then), both, strict=True):
-        weights = _risen(parts[:, SHARP:], shape, PER_BLOCK).unbind(dim=1)
+        weights = risen(parts[:, SHARP:], shape, PER_BLOCK).unbind(dim=1)
         for weight, level in zip(weights, frame.blurred, strict=True):
             blurred = torch.addcmul(blurred, weight, level)
-    told = torch.cat([_risen(left, shape, PER_BLOCK), blurred[:, None]], dim=1)
-    spread, total = _risen(told, newest.shape[1:], BLOCK).unbind(dim=1)
+    told = torch.cat([risen(left, shape, PER_BLOCK), blurred[:, None]], dim=1)
+    spread, total = risen(told, newest.shape[1:], BLOCK).unbind(dim=1)
     for parts, frame in zip((now, then), both, strict=True):
-        weights = _risen(parts[:, :SHARP], newest.shape[1:], WIDE).unbind(dim=1)
+        weights = risen(parts[:, :SHARP], newest.shape[1:], WIDE).unbind(dim=1)
         for weight, level in zip(weights, frame.sharp, strict=True):
             total = torch.addcmul(total, weight, level)
     return total, spread
@@ -143,25 +155,28 @@ def _three(
     return torch.stack(fields, dim=1), torch.stack(ages, dim=1)
 
 
-def _lags(
-    newest: Float[Tensor, "n y x"],
-    before: Float[Tensor, "n y x"],
-    oldest: Float[Tensor, "n y x"],
+def _correlation(
+    one: Float[Tensor, "n y x"],
+    other: Float[Tensor, "n y x"],
     seen: Float[Tensor, "n Y X"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both correlations and the spread of a level, in wide areas."""
-    side = seen.shape[1] // newest.shape[1]
+    usual: Float[Tensor, "n #rows #columns"],
+) -> Float[Tensor, "n rows columns"]:
+    """That of two frames of a level in wide areas; the usual one, where little was seen or is going on."""
+    side = seen.shape[1] // one.shape[1]
     share = F.avg_pool2d(seen[:, None], side)
-    products = [newest * before, newest * oldest, newest**2, before**2, oldest**2]
-    sums = _areas(torch.cat([torch.stack(products, dim=1) * share, share], dim=1), WIDE // side)
-    near, far, own, other, last, count = sums.unbind(dim=1)
-    known = torch.minimum(own, torch.minimum(other, last)) > NOTHING
-    pairs = ((near, other, PERFECT), (far, last, PERFECT**2))
-    first, second = (
-        torch.where(known, both / (own * then + NOTHING**2).sqrt(), unknown).clamp(-PERFECT, PERFECT)
-        for both, then, unknown in pairs
-    )
-    return first, second, (own / count.clamp(min=FEWEST)).sqrt()
+    products = torch.stack([one * other, one**2, other**2, torch.ones_like(one)], dim=1) * share
+    both, own, then, known = areas(products, WIDE // side, AREA).unbind(dim=1)
+    told = (both + NOTHING * usual) / ((own * then).sqrt() + NOTHING)
+    return torch.where(known >= FEWEST, told, usual).clamp(-PERFECT, PERFECT)
+
+
+def _spread(level: Float[Tensor, "n y x"], seen: Float[Tensor, "n Y X"]) -> Float[Tensor, "n rows columns"]:
+    """The standard deviation of a level in wide areas (dB)."""
+    side = seen.shape[1] // level.shape[1]
+    share = F.avg_pool2d(seen[:, None], side)
+    squares = torch.cat([level[:, None] ** 2 * share, share], dim=1)
+    square, count = areas(squares, WIDE // side, AREA).unbind(dim=1)
+    return (square / count.clamp(min=LEAST)).sqrt()
 
 
 def _recurred(
@@ -183,21 +198,23 @@ def _recurred(
     return torch.lerp(low, high, (steps - whole)[..., None, None, None, None])
 
 
-def _ratio(pair: Float[Tensor, "n 2 y x"]) -> Float[Tensor, "n y x"]:
-    """The mean over what was observed; of little it is drawn towards 0."""
-    return pair[:, 0] / pair[:, 1].clamp(min=FEWEST)
+def _mean(pair: Float[Tensor, "n 2 y x"], wider: Float[Tensor, "n 1 y x"]) -> Float[Tensor, "n 1 y x"]:
+    """The mean over what was observed; that of little leans on the next wider one."""
+    total, share = pair[:, :1], pair[:, 1:]
+    lacking = (FEWEST - share).clamp(min=0)
+    return (total + lacking * wider) / (share + lacking)
 
 
-def _areas(
-    field: Float[Tensor, "batch channel y x"], side: int
+def areas(
+    field: Float[Tensor, "batch channel y x"], side: int, count: int
 ) -> Float[Tensor, "batch channel rows columns"]:
-    """Means over wide areas, of blocks of so many values; what lies outside counts as 0."""
+    """Means over those of `count` x `count` blocks of `side` x `side` values that lie on the grid."""
     down, right = (-size % side for size in field.shape[2:])
     blocks = F.avg_pool2d(F.pad(field, (0, right, 0, down)), side)
-    return F.avg_pool2d(blocks, AREA, stride=1, padding=AREA // 2)
+    return F.avg_pool2d(blocks, count, stride=1, padding=count // 2, count_include_pad=False)
 
 
-def _risen(
+def risen(
     blocks: Float[Tensor, "batch channel rows columns"], shape: torch.Size, factor: int
 ) -> Float[Tensor, "batch channel y x"]:
     """Blocks at a resolution that is so many times as fine."""

@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from metnet.cascade import continued, decibel
+from metnet.cascade import areas, continued, decibel, risen
 from metnet.prior import BLOCK, FEWEST, NEAR, REFERENCE, AdvectionPrior, Pixels, means
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain, unscaled_rain
@@ -282,21 +282,15 @@ def pace(frames: Float[Tensor, "batch frame Y X"]) -> Float[Tensor, "batch 2 Y X
         past, there = value[:, older].unsqueeze(1), here * seen[:, older].unsqueeze(1)
         wet = ((newest > WET) | (past > WET)) * there
         costs = [(newest - other) ** 2 * wet for other in (past, *near[1:])]
-        rain, changed, *widened = torch.split(_areas(torch.cat([wet, *costs], dim=1)), 1, dim=1)
+        rain, changed, *widened = torch.split(
+            areas(torch.cat([wet, *costs], dim=1), 4 * BLOCK, AREA), 1, dim=1
+        )
         told.append(_width(changed, widened, rain))
-    fine = F.interpolate(torch.cat(told, dim=1), scale_factor=4 * BLOCK, mode="bilinear", align_corners=False)
-    return fine[..., : frames.shape[2], : frames.shape[3]]
+    return risen(torch.cat(told, dim=1), frames.shape[2:], 4 * BLOCK)
 
 
 def _pairs(fields: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(field[:, :1], field[:, 1:]) for field in fields]
-
-
-def _areas(field: Float[Tensor, "batch channel Y X"]) -> Float[Tensor, "batch channel rows columns"]:
-    """Means over wide areas, in blocks of 16 cells; what lies outside counts as 0."""
-    down, right = (-size % (4 * BLOCK) for size in field.shape[2:])
-    blocks = F.avg_pool2d(F.pad(field, (0, right, 0, down)), 4 * BLOCK)
-    return F.avg_pool2d(blocks, AREA, stride=1, padding=AREA // 2)
 
 
 def _width(changed: Tensor, widened: Sequence[Tensor], rain: Tensor) -> Tensor:
