@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
 from metnet.axial_head import Coherent
 from metnet.batch import Batch
@@ -209,16 +209,7 @@ def trained(path: str | Path) -> TrainedModel:
             "the file is damaged or not of this run"
         )
     network = _built(folder, card)
-    try:
-        network.load_state_dict(load(data), strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{weights}: not the weights that this metnet-nowcast {version()} wants for the model in {CARD}; "
-            f"most probably another state of the software trained it ({CARD} names "
-            f"{card.get('software', 'none')}, made {card.get('created', 'at an unknown time')}): train it "
-            f"again, or open it with the software of that time. In detail: {detail} ..."
-        ) from error
+    _load(network, data, weights, card)
     return TrainedModel(network.eval(), card, sha256, _calibration(folder, card, network.bins))
 
 
@@ -226,7 +217,7 @@ def untrained(path: str | Path) -> TrainedModel:
     """The prior of a run folder as it was fitted, and nothing else: not what is local beside it.
 
     Raises:
-        ValueError: if the folder holds no finished run, or one of a network without a prior.
+        ValueError: if the folder holds no finished run, one of a network without a prior, or not its weights.
     """
     folder = Path(path)
     card, fitted = read_card(folder), folder / PRIOR
@@ -238,8 +229,27 @@ def untrained(path: str | Path) -> TrainedModel:
     network = _built(folder, card)
     if not isinstance(network, MetNet) or network.prior is None:
         raise ValueError(f"{path}: its network has no prior; expected one trained with model.advection=true")
-    network.prior.load_state_dict(load(fitted.read_bytes()))
-    return TrainedModel(network.eval(), card, hashlib.sha256(fitted.read_bytes()).hexdigest())
+    data = fitted.read_bytes()
+    _load(network.prior, data, fitted, card)
+    return TrainedModel(network.eval(), card, hashlib.sha256(data).hexdigest())
+
+
+def _load(part: nn.Module, data: bytes, place: Path, card: dict[str, Any]) -> None:
+    """Gives a network, or its prior, the weights of a file.
+
+    Raises:
+        ValueError: if they are those of another one.
+    """
+    try:
+        part.load_state_dict(load(data), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{place}: not the weights that this metnet-nowcast {version()} wants for the model in {CARD}; "
+            f"most probably another state of the software trained it ({CARD} names "
+            f"{card.get('software', 'none')}, made {card.get('created', 'at an unknown time')}): train it "
+            f"again, or open it with the software of that time. In detail: {detail} ..."
+        ) from error
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:

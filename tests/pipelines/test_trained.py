@@ -109,6 +109,16 @@ def test_weights_of_another_state_of_the_software_are_refused_with_what_to_do(ru
         assert part in str(refused.value)
 
 
+def test_a_prior_of_another_state_of_the_software_is_refused_likewise(run):
+    prior = trained(run).network.prior
+    fitted = prior.state_dict()
+    (run / "prior.safetensors").write_bytes(save(fitted))
+    assert torch.equal(untrained(run).network.prior.level, prior.level)
+    (run / "prior.safetensors").write_bytes(save({**fitted, "level": fitted["level"].repeat(2, 1)}))
+    with pytest.raises(ValueError, match=r"prior\.safetensors: .*train it again.*level"):
+        untrained(run)
+
+
 @pytest.mark.parametrize("damage", [{"level": []}, {"drift": "x"}])
 def test_a_damaged_calibration_is_refused_by_the_name_of_its_file(run, damage):
     card = json.loads((run / "model.json").read_text())
