@@ -7,12 +7,23 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import uniform_filter
+from scipy.stats import logistic
 
 from metnet.advection import advect
 from metnet.batch import Batch
 from metnet.cascade import AREA, WIDE, Lags
 from metnet.head import Categorical, Ordinal, climatology
-from metnet.local import Local, describe, described, pace
+from metnet.local import (
+    FARTHEST,
+    FARTHEST_SHIFT,
+    LEAST_RATE,
+    PARTS,
+    USUAL_WIDTH,
+    Local,
+    describe,
+    described,
+    pace,
+)
 from metnet.model import MetNet
 from metnet.prior import NEAR, AdvectionPrior, Pixels
 from metnet.rain import RainBins
@@ -309,3 +320,42 @@ def test_without_pixels_it_says_so():
     prior = AdvectionPrior(BINS, climatology(BINS))
     with pytest.raises(ValueError, match="no observed pixel"):
         made.local.fit(none, prior, 3)
+
+
+def one_sided(made, shift=0.0, width=0.0, rate=0):
+    """Gives all probability to the first part, around one of the known rates."""
+    with torch.no_grad():
+        made.last.weight.zero_()
+        bias = made.last.bias.zero_()
+        bias[0], bias[PARTS], bias[2 * PARTS], bias[3 * PARTS + rate] = shift, width, 30.0, 50.0
+        bias[2 * PARTS + 1] = -30.0
+    return made
+
+
+@pytest.mark.parametrize(("shift", "width"), [(0.0, 0.0), (0.5, 0.7), (-1.0, -1.5)])
+def test_a_part_is_a_logistic_distribution_of_the_logarithm_of_the_rate(shift, width):
+    made = one_sided(Local(BINS, FRAMES, 8), shift, width, rate=3)
+    told = torch.zeros(1, described(FRAMES), 1, 1)
+    told[:, 3] = scaled_rain(torch.tensor(4.0))
+    prior = torch.full((1, len(BINS), 1, 1), 1 / len(BINS)).log()
+    middle = math.log(4.0 + LEAST_RATE) + FARTHEST_SHIFT * math.tanh(shift / FARTHEST_SHIFT)
+    below = logistic.cdf(
+        [math.log(edge + LEAST_RATE) for edge in BINS.edges], middle, math.exp(USUAL_WIDTH + width)
+    )
+    expected = np.diff([0.0, *below, 1.0])
+    np.testing.assert_allclose(made(told, prior).exp().detach().flatten(), expected, atol=1e-5)
+
+
+def test_numbers_far_off_count_as_the_farthest_that_may_be():
+    torch.manual_seed(0)
+    made = Local(BINS, FRAMES, 8)
+    torch.nn.init.normal_(made.last.weight)
+    torch.nn.init.zeros_(made.last.bias)
+    made.centre.fill_(2.0)
+    made.spread.fill_(0.5)
+    prior = torch.full((1, len(BINS), 1, 1), 1 / len(BINS)).log()
+    told = torch.zeros(3, described(FRAMES), 1, 1)
+    told[:, made.rates :] = torch.tensor([1e6, 2.0 + 0.5 * FARTHEST, 5.0])[:, None, None, None]
+    far, farthest, near = made(told, prior.expand(3, -1, -1, -1))
+    torch.testing.assert_close(far, farthest)
+    assert (far - near).abs().max() > 1e-3
