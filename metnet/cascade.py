@@ -4,7 +4,7 @@ Large lumps of rain last and small ones do not, and what a lump did between the 
 for a while. Rain in decibel is parted into levels of rising size; each follows an autoregression of second
 order along the motion, whose coefficients are those of the last three frames around a place (Seed 2003,
 J. Appl. Meteor. 42, 381-388; Bowler, Pierce & Seed 2006, Q. J. R. Met. Soc. 132, 2127-2155, section 2).
-Here the levels are differences of means over neighbourhoods, so that what is not observed stays out of them.
+Here the levels are differences of means over neighbourhoods, of what was observed.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from metnet.prior import BLOCK, COARSE, FEWEST, FINE, SIDES, box_mean
+from metnet.prior import BLOCK, COARSE, FEWEST, FINE, SIDES, box_mean, risen
 
 WET, DRY = 0.1, -15.0  # mm/h, below which rain counts as so many dB (mm/h)
 WIDE = 4 * BLOCK  # cells: side of the blocks that coefficients are told for
@@ -56,11 +56,11 @@ class Levels:
         """
         pair = torch.stack([decibel(rate), (~rate.isnan()).to(rate.dtype)], dim=1)
         blocks = F.avg_pool2d(pair, BLOCK)
-        around = risen(areas(blocks, PER_BLOCK, AREA), blocks.shape[2:], PER_BLOCK)
+        around = risen(areas(blocks, PER_BLOCK, AREA), PER_BLOCK, blocks.shape[2:])
         wide = [_mean(around, torch.full_like(around[:, :1], DRY))]
         for side in COARSE[::-1]:
             wide.insert(0, _mean(box_mean(blocks, side), wide[0]))
-        sharp = [risen(wide[0], rate.shape[1:], BLOCK)]
+        sharp = [risen(wide[0])]
         for side in FINE[::-1]:
             sharp.insert(0, _mean(box_mean(pair, side), sharp[0]))
         parted = [[(narrow - wider)[:, 0] for narrow, wider in pairwise(means)] for means in (sharp, wide)]
@@ -82,8 +82,12 @@ class Lags:
 
     @classmethod
     def of(cls, frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]) -> "Lags":
-        """Those of frames (mm/h) carried to one time, the newest first, and their ages (minutes)."""
-        three, ages = _three(frames, age)
+        """Those of frames (mm/h) carried to one time, the newest first, and their ages (minutes).
+
+        Of fewer than three frames the oldest stands for those that lack; it tells no more by that.
+        """
+        order = [min(step, frames.shape[1] - 1) for step in range(3)]
+        three, ages = frames[:, order], age[:, order]
         fields = [Levels.of(frame) for frame in three.unbind(dim=1)]
         seen = (~three.isnan()).to(frames.dtype)
         gap = ages[:, 1] - ages[:, 0]
@@ -129,30 +133,16 @@ def continued(
     shape = both[0].mean.shape[1:]
     blurred = both[0].mean
     for parts, frame in zip((now, then), both, strict=True):
-        weights = risen(parts[:, SHARP:], shape, PER_BLOCK).unbind(dim=1)
+        weights = risen(parts[:, SHARP:], PER_BLOCK, shape).unbind(dim=1)
         for weight, level in zip(weights, frame.blurred, strict=True):
             blurred = torch.addcmul(blurred, weight, level)
-    told = torch.cat([risen(left, shape, PER_BLOCK), blurred[:, None]], dim=1)
-    spread, total = risen(told, newest.shape[1:], BLOCK).unbind(dim=1)
+    told = torch.cat([risen(left, PER_BLOCK, shape), blurred[:, None]], dim=1)
+    spread, total = risen(told).unbind(dim=1)
     for parts, frame in zip((now, then), both, strict=True):
-        weights = risen(parts[:, :SHARP], newest.shape[1:], WIDE).unbind(dim=1)
+        weights = risen(parts[:, :SHARP], WIDE, newest.shape[1:]).unbind(dim=1)
         for weight, level in zip(weights, frame.sharp, strict=True):
             total = torch.addcmul(total, weight, level)
     return total, spread
-
-
-def _three(
-    frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]
-) -> tuple[Float[Tensor, "batch 3 Y X"], Float[Tensor, "batch 3"]]:
-    """The three newest frames and their ages; for one in which nothing was observed stands the one before."""
-    last = frames.shape[1] - 1
-    fields, ages = [frames[:, 0]], [age[:, 0]]
-    for step in (1, 2):
-        field, minutes = frames[:, min(step, last)], age[:, min(step, last)]
-        empty = field.isnan().flatten(1).all(dim=1)
-        fields.append(torch.where(empty[:, None, None], fields[-1], field))
-        ages.append(torch.where(empty, ages[-1], minutes))
-    return torch.stack(fields, dim=1), torch.stack(ages, dim=1)
 
 
 def _correlation(
@@ -212,11 +202,3 @@ def areas(
     down, right = (-size % side for size in field.shape[2:])
     blocks = F.avg_pool2d(F.pad(field, (0, right, 0, down)), side)
     return F.avg_pool2d(blocks, count, stride=1, padding=count // 2, count_include_pad=False)
-
-
-def risen(
-    blocks: Float[Tensor, "batch channel rows columns"], shape: torch.Size, factor: int
-) -> Float[Tensor, "batch channel y x"]:
-    """Blocks at a resolution that is so many times as fine."""
-    fine = F.interpolate(blocks, scale_factor=factor, mode="bilinear", align_corners=False)
-    return fine[..., : shape[0], : shape[1]]

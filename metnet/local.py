@@ -19,8 +19,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from metnet.cascade import areas, continued, decibel, risen
-from metnet.prior import BLOCK, FEWEST, NEAR, REFERENCE, AdvectionPrior, Pixels, means
+from metnet.cascade import areas, continued, decibel
+from metnet.prior import BLOCK, FEWEST, NEAR, REFERENCE, AdvectionPrior, Pixels, means, risen
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain, unscaled_rain
 
@@ -286,7 +286,7 @@ def pace(frames: Float[Tensor, "batch frame Y X"]) -> Float[Tensor, "batch 2 Y X
             areas(torch.cat([wet, *costs], dim=1), 4 * BLOCK, AREA), 1, dim=1
         )
         told.append(_width(changed, widened, rain))
-    return risen(torch.cat(told, dim=1), frames.shape[2:], 4 * BLOCK)
+    return risen(torch.cat(told, dim=1), 4 * BLOCK, frames.shape[2:])
 
 
 def _pairs(fields: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

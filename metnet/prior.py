@@ -179,7 +179,7 @@ def pixels(
     fell = rearrange(bins.classify(target), "batch lead y x -> (batch lead) (y x)")
     unknown = F.one_hot(torch.tensor(len(bins))).to(onehot)[:, None, None]  # a share by itself, the last
     fine, wide = _neighbourhoods(F.pad(onehot, (0, 0, 0, 0, 0, 1)), seen, unknown)
-    near = rearrange([*fine, *(_risen(part) for part in wide)], "side n channel y x -> n (y x) side channel")
+    near = rearrange([*fine, *(risen(part) for part in wide)], "side n channel y x -> n (y x) side channel")
     sizes = cell_size.repeat_interleave(len(lead_time))
     old = age[torch.arange(len(age))[:, None, None], frame.flatten(2).long()]
     minutes = (old + lead_time[:, None]).flatten(0, 1)
@@ -214,7 +214,7 @@ def _neighbourhoods(
     wide = [(box_mean(blocks, COARSE[-1]) + unseen * usual) / (widest + unseen)]
     for side in COARSE[-2::-1]:
         wide.insert(0, _filled(box_mean(blocks, side), box_mean(observed, side), wide[0]))
-    fine = [_risen(wide[0])]
+    fine = [risen(wide[0])]
     for side in FINE[::-1]:
         fine.insert(0, _filled(box_mean(onehot, side), box_mean(seen, side), fine[0]))
     return fine[:-1], wide
@@ -243,7 +243,7 @@ def _mixed(
     coarse = torch.zeros_like(wide[0])
     for weight, near in zip(by_part[len(fine) :], wide, strict=False):
         coarse = torch.addcmul(coarse, weight, near)
-    return total + _risen(coarse)
+    return total + risen(coarse)
 
 
 def _mixed_at(
@@ -304,9 +304,12 @@ def _sums(field: Float[Tensor, "n channel Y X"], side: int, dim: int) -> Float[T
     return total
 
 
-def _risen(blocks: Float[Tensor, "n channel rows columns"]) -> Float[Tensor, "n channel Y X"]:
-    """Blocks at full resolution."""
-    return F.interpolate(blocks, scale_factor=BLOCK, mode="bilinear", align_corners=False)
+def risen(
+    blocks: Float[Tensor, "n channel rows columns"], factor: int = BLOCK, shape: torch.Size | None = None
+) -> Float[Tensor, "n channel Y X"]:
+    """Blocks at a resolution that is so many times as fine, cut to a shape."""
+    fine = F.interpolate(blocks, scale_factor=factor, mode="bilinear", align_corners=False)
+    return fine if shape is None else fine[..., : shape[0], : shape[1]]
 
 
 def neighbourhoods(
@@ -320,7 +323,7 @@ def neighbourhoods(
 def means(fields: Float[Tensor, "n channel Y X"]) -> list[Float[Tensor, "n channel Y X"]]:
     """The mean of each field over the neighbourhoods of `NEAR`, where cells outside the grid count as 0."""
     blocks = F.avg_pool2d(fields, BLOCK)
-    wide = [_risen(box_mean(blocks, side)) for side in COARSE[:-1]]
+    wide = [risen(box_mean(blocks, side)) for side in COARSE[:-1]]
     # summed square by square: where rain is even, its spread is the rounding of these sums, which trained
     # weights have seen
     fine = [F.avg_pool2d(fields, side, stride=1, padding=side // 2) for side in FINE]

@@ -76,9 +76,9 @@ def test_the_first_ordinal_number_makes_all_rain_likelier():
 
 def test_ordinal_gradients_are_those_of_finite_differences():
     numbers = torch.randn(1, 1, 4, 1, 2, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(Ordinal().logits, numbers)
+    assert torch.autograd.gradcheck(Ordinal().logits, numbers)
     shares = torch.randn(1, 1, 4, 1, 2, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: Ordinal().numbers(x.log_softmax(dim=2)), shares)
+    assert torch.autograd.gradcheck(lambda x: Ordinal().numbers(x.log_softmax(dim=2)), shares)
 
 
 @every_link

@@ -74,7 +74,7 @@ def test_gradients_are_those_of_finite_differences(loss):
     logits = torch.randn(1, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[[[0.0, 1.3], [1.5, 3.0]], [[torch.nan, 9.0], [0.3, 2.0]]]], dtype=torch.float64)
     weights = torch.rand(target.shape, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda logits: loss(logits, target, BINS, weights), logits)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, target, BINS, weights), logits)
 
 
 def distributions(count=40, seed=0):

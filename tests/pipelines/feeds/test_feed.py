@@ -319,7 +319,13 @@ def test_an_encrypted_objects_etag_is_not_taken_for_its_md5(bucket, store, anony
         faulty_store.corrupt(handler, Answer(answer.status, headers, answer.body))
 
     store.faults = [encrypted]
-    feed.fetch(file)  # nothing tells that these bytes are wrong
+    fetched = Path(feed.fetch(file).url).read_bytes()  # nothing tells that these bytes are wrong
+    (wrong,) = [
+        index
+        for index, pair in enumerate(zip(fetched, content(file.entry.key), strict=True))
+        if len(set(pair)) > 1
+    ]
+    assert wrong == len(fetched) // 2
 
 
 def test_requests_say_who_asks(bucket, store, anonymous, tmp_path):
