@@ -62,6 +62,9 @@ class MetNet(nn.Module):
         position: see place, sun and calendar, which needs `Batch.place`.
         surroundings: side in cells of the means in `Batch.surroundings`; 1: see no further than the grid.
         local: width of what is learned pixel by pixel beside the prior; 0: nothing.
+        stochastic_depth: probability that a training sample is answered by the prior and what is local alone,
+            as if the rest were one residual block (Huang et al. 2016, arXiv 1603.09382): neither leans on
+            what the other learns by heart.
     """
 
     def __init__(
@@ -84,8 +87,11 @@ class MetNet(nn.Module):
         position: bool = False,
         surroundings: int = 1,
         local: int = 48,
+        stochastic_depth: float = 0.0,
     ):
         super().__init__()
+        if not 0 <= stochastic_depth < 1:
+            raise ValueError(f"stochastic_depth={stochastic_depth}: expected a probability below 1")
         if frames < 1 or depth < 0 or channels < 1 or surroundings < 1 or local < 0:
             raise ValueError(
                 f"frames={frames}, depth={depth}, channels={channels}, surroundings={surroundings}, "
@@ -93,6 +99,7 @@ class MetNet(nn.Module):
                 "means over at least 1 cell and no width below 0"
             )
         self._frames = frames
+        self.stochastic_depth = float(stochastic_depth)
         self.bins = RainBins.preferred() if bins is None else bins
         self.link = head
         self.scaling = Inputs(frames, satellite, satellite_frames, static, position)
@@ -230,7 +237,16 @@ class MetNet(nn.Module):
         if self.local is not None:
             known = _told(carried, newest, frame, lead_time, rain.age, rain.paces, rain.lags)
             said = self.local(known, said.flatten(0, 1)).unflatten(0, (-1, lead))
-        return self.link.logits(self.link.numbers(said) + numbers)
+        return self.link.logits(self.link.numbers(said) + self._heard(numbers))
+
+    def _heard(
+        self, numbers: Float[Tensor, "batch lead number Y X"]
+    ) -> Float[Tensor, "batch lead number Y X"]:
+        """What is added to the prior; in training nothing to some samples, and the more to the others."""
+        if not (self.training and self.stochastic_depth):
+            return numbers
+        heard = torch.rand(len(numbers), device=numbers.device) >= self.stochastic_depth
+        return numbers * (heard / (1 - self.stochastic_depth)).to(numbers)[:, None, None, None, None]
 
     def _moving(self, whole: Batch) -> "Moving":
         """The frames that are carried, of a batch with a motion."""

@@ -47,7 +47,7 @@ from pipelines.progress import track
 from pipelines.sample_store import stored
 from pipelines.samples import ENDLESS, SMALLEST_CROP, Mixed, Samples, Span, check_apart, split
 from pipelines.task import Habits, Importance, Learning, RadarData, Task
-from pipelines.trained import CARD, PRIOR, WEIGHTS, Published, read_card
+from pipelines.trained import CARD, PRIOR, WEIGHTS, Published, TrainedModel, read_card, trained
 from pipelines.training_log import Progress, WriteScores
 from pipelines.training_pictures import Pictures
 from pipelines.version import version
@@ -123,11 +123,12 @@ def train(
     seed: int = 0,
     start: str | None = None,
     end: str | None = None,
+    weights: str | None = None,
 ) -> Trained | None:
     """Trains `model` on cubes to the trainer's limit; the same call again goes on where the last one ended.
 
-    The prior of a network with advection is fitted first. Of each cube, the lead times count that are
-    multiples of its cadence.
+    The prior of a network with advection is fitted first, unless all begins with `weights`. Of each cube, the
+    lead times count that are multiples of its cadence.
 
     Args:
         cube: folder or URL, or several: each is drawn from as often as any other.
@@ -166,6 +167,7 @@ def train(
         seed: of the weights and of the samples.
         start: the first valid time of the cube to use, ISO 8601; None: the cube's first.
         end: the last valid time to use, of targets too; None: the cube's last.
+        weights: a finished run, or "pretrained", whose network and prior the training begins with.
 
     Returns:
         None in processes that help the first one.
@@ -195,10 +197,11 @@ def train(
         raise ValueError("cube=[]: expected at least one to learn from")
     seed_everything(seed, verbose=False)
     network = model()
-    weights = tuple(tuple(float(number) for number in step) for step in importance)
-    Importance(network.bins, weights)  # refuses wrong ones before any work
+    begun = None if weights is None else _taken_over(network, weights, config)
+    counts = tuple(tuple(float(number) for number in step) for step in importance)
+    Importance(network.bins, counts)  # refuses wrong ones before any work
     skip: Literal["stop", "skip"] = "skip" if on_nonfinite == "skip" else "stop"
-    habits = Habits(leads_per_step, seed, loss or _loss_of(network), weights, skip, compile)
+    habits = Habits(leads_per_step, seed, loss or _loss_of(network), counts, skip, compile)
     beside = Beside.of(network, satellite, static, reach)
     sampling = _Sampling(
         frames=network.frames,
@@ -217,21 +220,24 @@ def train(
     snapshots = [opened.snapshot for opened in learned]
     with _alone(folder):
         _begin(folder, config, snapshots)
-        wide, wide_kept = ([each.of_crop(prior_crop) for each in some] for some in (training, validating))
-        _say_refused(wide, training)
-        around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
-        fitting = Fitting(prior_samples, prior_steps, local_steps)
-        _fit_start(network, around, folder, fitting, seed, _fingerprint(config, snapshots))
+        if begun is None:
+            wide, wide_kept = ([each.of_crop(prior_crop) for each in some] for some in (training, validating))
+            _say_refused(wide, training)
+            around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
+            fitting = Fitting(prior_samples, prior_steps, local_steps)
+            _fit_start(network, around, folder, fitting, seed, _fingerprint(config, snapshots))
+        elif isinstance(network, MetNet) and network.prior is not None and not _helps():
+            _replace(folder / PRIOR, save(network.prior.state_dict()))
         task = Task(network, Learning(learning_rate), habits, data, lead_times)
         with _quiet():
             fitted = _fit(trainer, task, data, folder, check_every, strategy, pictures)
         if _helps():
             return None
-        network = model()  # afresh: that of the task may be shared out among processes
+        network = model().eval()  # afresh: that of the task may be shared out among processes
         network.load_state_dict(fitted.weights)
         calibration = _calibrated(network, data.validation)
         return _finish(
-            folder, config, learned, kept, crop, lead_times, beside, network, task, fitted, calibration
+            folder, config, learned, kept, crop, lead_times, beside, network, task, fitted, calibration, begun
         )
 
 
@@ -406,6 +412,29 @@ def alone() -> None:
 def _loss_of(network: nn.Module) -> Loss:
     """The loss that goes with a head: one that knows the order of the classes for a head that does."""
     return ordinal if isinstance(getattr(network, "link", None), Ordinal) else cross_entropy
+
+
+def _taken_over(
+    network: MetNet | Published | Coherent, weights: str, config: Mapping[str, Any]
+) -> TrainedModel:
+    """Gives a network the weights of a finished run of the very same one; that run.
+
+    Raises:
+        ValueError: if there is none, or its network is another one, naming what differs.
+    """
+    begun = trained(weights)
+    here, there = (dict(_settings(each["model"])) for each in (_plain(config), begun.card["config"]))
+    for described in (here, there):
+        described.pop("stochastic_depth", None)  # how it is trained, not what it is
+    if here != there:
+        differing = ", ".join(
+            f"model.{key}={here.get(key)} (there {there.get(key)})"
+            for key in sorted({*here, *there})
+            if here.get(key) != there.get(key)
+        )
+        raise ValueError(f"weights={weights}: expected the network that model= describes, got {differing}")
+    network.load_state_dict(begun.network.state_dict())
+    return begun
 
 
 def _fit_start(
@@ -613,7 +642,7 @@ def _fit(
 ) -> "Fitted":
     """Trains from the newest checkpoint, or from the start, to the limit; keeps what validates best.
 
-    The untrained network counts too: it is the fitted prior, which a short training can spoil.
+    The network as it began counts too: a short training can spoil the fitted prior, or other weights.
 
     Raises:
         KeyboardInterrupt: if it was told to stop, once a checkpoint is written.
@@ -669,7 +698,7 @@ def _kept(task: Task) -> tuple[Mapping[str, Tensor], Mapping[str, float], Mappin
     if best is None:
         return task.weights(), {}, {}
     if best.step == 0:
-        log.warning("the untrained network validates better than the trained one, and is kept: train longer")
+        log.warning("the network as it began validates better than after training, and is kept: train longer")
     return (
         best.weights,
         {**best.scores, **{f"{score}_prior": task.untrained[score] for score in ("val_crps", "val_loss")}},
@@ -780,6 +809,7 @@ def _finish(
     task: Task,
     fitted: Fitted,
     calibration: Calibrated | None,
+    begun: TrainedModel | None,
 ) -> Trained:
     """Writes weights, then card: a card is only ever beside its own weights."""
     weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
@@ -797,6 +827,7 @@ def _finish(
         "reach": beside.reach,
         "cubes": [_told(cube) for cube in learned],
         "validation_cubes": [_told(cube) for cube in kept],
+        "weights": None if begun is None else {"sha256": begun.sha256, "cubes": begun.card.get("cubes")},
         "steps": fitted.steps,
         "seconds": round(fitted.seconds, 1),
         "parameters": parameters,

@@ -216,3 +216,35 @@ def test_it_learns_four_samples_by_heart():
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
     assert loss.item() < 0.1 * first
+
+
+def test_with_stochastic_depth_a_training_sample_hears_twice_the_network_or_only_the_prior():
+    torch.manual_seed(0)
+    net = MetNet(frames=3, channels=16, fine_channels=8, depth=1, attention=small_attention, grid=(8, 8))
+    net.stochastic_depth = 0.5
+    batch = storms(batch=12)
+    batch = replace(batch, motion=torch.zeros(12, 2, 32, 32))
+    unheard = net.eval().logits(batch).log_softmax(dim=2)  # its last layer starts at zero
+    torch.nn.init.normal_(net.head.classify.weight, std=0.1)
+    whole = net.eval().logits(batch)
+    with torch.no_grad():
+        net.head.classify.weight.mul_(2)
+        net.head.get_parameter("classify.bias").mul_(2)
+        doubled = net.eval().logits(batch).log_softmax(dim=2)
+        net.head.classify.weight.div_(2)
+        net.head.get_parameter("classify.bias").div_(2)
+        said = net.train().logits(batch).log_softmax(dim=2)
+    assert not torch.allclose(unheard, doubled, atol=0.01)
+    near = [
+        [torch.allclose(one, other, atol=1e-4) for one, other in zip(said, of, strict=True)]
+        for of in (unheard, doubled)
+    ]
+    assert all(left != right for left, right in zip(*near, strict=True)), "each sample is one or the other"
+    assert any(near[0]) and any(near[1])
+    assert torch.equal(net.eval().logits(batch), whole), "a forecast is never random"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_stochastic_depth_that_is_no_probability_is_refused(share):
+    with pytest.raises(ValueError, match=r"stochastic_depth=.*expected a probability below 1"):
+        MetNet(stochastic_depth=share)

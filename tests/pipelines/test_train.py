@@ -256,7 +256,7 @@ def test_time_ends_a_training_too_and_its_weights_are_kept(cube, tmp_path):
         config={"model": MODEL}, **settings,
     )  # fmt: skip
     assert 0 < result.steps < 1000
-    assert result.seconds == pytest.approx(1, abs=2)
+    assert result.seconds >= 1
     assert trained(tmp_path).card["steps"] == result.steps
     assert result.validation["val_crps"] > 0
 
@@ -401,7 +401,7 @@ def test_a_network_that_diverged_is_never_written(cube, tmp_path, monkeypatch):
 def test_a_training_that_spoils_the_start_gives_the_start_back(cube, tmp_path, caplog):
     spoiled = trained_on(cube, tmp_path, steps=3, learning_rate=1.0).validation
     assert spoiled["val_crps"] == spoiled["val_crps_prior"]
-    assert "the untrained network validates better" in caplog.text
+    assert "the network as it began validates better" in caplog.text
     kept = load_file(tmp_path / "model.safetensors")
     assert not kept["head.classify.weight"].any(), "its last layer still says nothing"
 
@@ -516,6 +516,59 @@ def test_without_validation_what_is_local_is_kept_as_fitted(cube, tmp_path, capl
     trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3, validation=0.0)
     assert local_of(tmp_path)["last.weight"].any()
     assert caplog.text == ""
+
+
+def test_a_training_begins_with_the_weights_of_a_finished_run_and_fits_no_prior(
+    cube, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipelines.train, "_fit_on_pixels", None)  # would fail if it were called
+    begun = trained_on(cube, tmp_path, steps=1, learning_rate=1e-9, prior_steps=5, weights=str(run))
+    before, after = weights_of(run), weights_of(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    card = json.loads((run / "model.json").read_text())
+    assert begun.validation["val_crps_prior"] == pytest.approx(card["validation"]["val_crps"], rel=1e-4)
+    told = json.loads((tmp_path / "model.json").read_text())["weights"]
+    assert told == {"sha256": card["sha256"], "cubes": card["cubes"]}
+    kept = load_file(tmp_path / "prior.safetensors")
+    assert all(torch.equal(kept[name], before[f"prior.{name}"]) for name in kept)
+
+
+def test_a_killed_training_that_began_with_weights_goes_on_to_the_same(cube, run, tmp_path, monkeypatch):
+    step = Task.training_step
+
+    def mortal(self, batch, batch_idx):
+        if self.global_step == 4:
+            raise TypeError
+        return step(self, batch, batch_idx)
+
+    deep = {**MODEL, "stochastic_depth": 0.5}  # random in training, and no other network than that of the run
+    trained_on(cube, tmp_path / "whole", steps=5, model=deep, weights=str(run))
+    monkeypatch.setattr(Task, "training_step", mortal)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path / "killed", steps=5, model=deep, weights=str(run))
+    monkeypatch.undo()
+    trained_on(cube, tmp_path / "killed", steps=5, model=deep, weights=str(run))
+    whole, killed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
+    assert all(torch.equal(weight, whole[name]) for name, weight in killed.items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "model", "said"),
+    [
+        ("nowhere", MODEL, "nowhere: no model.json"),
+        (
+            "run",
+            {**MODEL, "channels": 16},
+            r"expected the network that model= .* model.channels=16 \(there 8\)",
+        ),
+        ("run", {**MODEL, "local": 0}, r"model.local=0 \(there None\)"),
+    ],
+)
+def test_weights_of_nothing_or_of_another_network_are_refused(cube, run, tmp_path, weights, model, said):
+    with pytest.raises(ValueError, match=said):
+        trained_on(cube, tmp_path / "new", 1, model=model, weights=str(run) if weights == "run" else weights)
+    assert not (tmp_path / "new").exists()
 
 
 def test_several_cubes_are_learned_from_and_others_validated_on(cube, tmp_path):
