@@ -116,12 +116,16 @@ def bench_skill(
         config: the whole call; `config["training"]` goes into the card of each training.
 
     Raises:
-        ValueError: for a wrong argument, before any work; for an event that is not there, or that is too
-            short to forecast.
+        ValueError: for a wrong argument, or weights to begin with, before any work; for an event that is not
+            there, or that is too short to forecast.
     """
     for key, count in (("runs", runs), ("side", side), ("members", members), ("resamples", resamples)):
         if count < 1:
             raise ValueError(f"{key}={count}: expected at least 1")
+    if (began := (config or {}).get("training", {}).get("weights")) is not None:
+        raise ValueError(
+            f"training.weights={began}: expected null, for weights may have learned from what is left out"
+        )
     folder = destination.folder("out", out)
     if widened is not None and not (Path(widened) / CARD).is_file():
         raise ValueError(

@@ -48,10 +48,15 @@ def ship(run: str, machine: str, skill: str | None = None, folder: Path = FOLDER
         folder: where to.
 
     Raises:
-        ValueError: if the run is not finished, learned from an event whose terms are not known to allow it,
-            or is too large; or the `skill.json` is none. What is in the folder then stays as it was.
+        ValueError: if the run is not finished, began with other weights, learned from an event whose terms
+            are not known to allow it, or is too large; or the `skill.json` is none. What is in the folder
+            then stays as it was.
     """
     model = trained(Path(run))
+    if model.card.get("weights") is not None:
+        raise ValueError(
+            f"{run}: began with other weights; expected one that learned from nothing but its cubes"
+        )
     card = without_places(model.card)
     learned = tuple(cube["path"] for cube in (*card["cubes"], *card["validation_cubes"]))
     if unknown := sorted(set(learned) - {terms.event for terms in TERMS}):

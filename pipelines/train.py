@@ -1,6 +1,7 @@
 """`train`: a cube, a network and a trainer -> a run folder with `model.safetensors` and `model.json`."""
 
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -47,7 +48,7 @@ from pipelines.progress import track
 from pipelines.sample_store import stored
 from pipelines.samples import ENDLESS, SMALLEST_CROP, Mixed, Samples, Span, check_apart, split
 from pipelines.task import Habits, Importance, Learning, RadarData, Task
-from pipelines.trained import CARD, PRIOR, WEIGHTS, Published, TrainedModel, read_card, trained
+from pipelines.trained import CARD, PRIOR, WEIGHTS, Published, read_card, trained
 from pipelines.training_log import Progress, WriteScores
 from pipelines.training_pictures import Pictures
 from pipelines.version import version
@@ -197,7 +198,10 @@ def train(
         raise ValueError("cube=[]: expected at least one to learn from")
     seed_everything(seed, verbose=False)
     network = model()
-    begun = None if weights is None else _taken_over(network, weights, config)
+    resumed = _begun_with(folder)
+    begun = resumed
+    if weights is not None and begun is None:
+        begun = _taken_over(network, weights, config, (satellite, static, reach))
     counts = tuple(tuple(float(number) for number in step) for step in importance)
     Importance(network.bins, counts)  # refuses wrong ones before any work
     skip: Literal["stop", "skip"] = "skip" if on_nonfinite == "skip" else "stop"
@@ -217,17 +221,19 @@ def train(
     )
     training, validating = _samples(sampling, learned, kept, validation, start, end)
     data = RadarData(Mixed(training, batch_size, seed), validating, workers)
+    if begun is not None:
+        _warn_of_seen(begun, [each.cube for each in validating])
     snapshots = [opened.snapshot for opened in learned]
     with _alone(folder):
-        _begin(folder, config, snapshots)
+        _begin(folder, config, snapshots, begun)
         if begun is None:
             wide, wide_kept = ([each.of_crop(prior_crop) for each in some] for some in (training, validating))
             _say_refused(wide, training)
             around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
             fitting = Fitting(prior_samples, prior_steps, local_steps)
             _fit_start(network, around, folder, fitting, seed, _fingerprint(config, snapshots))
-        elif isinstance(network, MetNet) and network.prior is not None and not _helps():
-            _replace(folder / PRIOR, save(network.prior.state_dict()))
+        elif resumed is None and not _helps():
+            _keep_prior(network, folder)
         task = Task(network, Learning(learning_rate), habits, data, lead_times)
         with _quiet():
             fitted = _fit(trainer, task, data, folder, check_every, strategy, pictures)
@@ -415,26 +421,72 @@ def _loss_of(network: nn.Module) -> Loss:
 
 
 def _taken_over(
-    network: MetNet | Published | Coherent, weights: str, config: Mapping[str, Any]
-) -> TrainedModel:
-    """Gives a network the weights of a finished run of the very same one; that run.
+    network: MetNet | Published | Coherent,
+    weights: str,
+    config: Mapping[str, Any],
+    shown: tuple[Sequence[str], Sequence[str], float],
+) -> Mapping[str, Any]:
+    """Gives a network the weights of a finished run of the very same one; what is to be told of that run.
 
     Raises:
         ValueError: if there is none, or its network is another one, naming what differs.
     """
-    begun = trained(weights)
+    try:
+        begun = trained(weights)
+    except ValueError as error:
+        raise ValueError(f"weights={weights}: {error}") from error
+    kinds = [type(each).__name__ for each in (network, begun.network)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"weights={weights}: expected a {kinds[0]}, as model= describes, got a {kinds[1]}")
+    usual = {name: of.default for name, of in inspect.signature(type(network)).parameters.items()}
+    usual["stochastic_depth"] = 0.0  # how it is trained, not what it is
     here, there = (dict(_settings(each["model"])) for each in (_plain(config), begun.card["config"]))
-    for described in (here, there):
-        described.pop("stochastic_depth", None)  # how it is trained, not what it is
-    if here != there:
-        differing = ", ".join(
-            f"model.{key}={here.get(key)} (there {there.get(key)})"
-            for key in sorted({*here, *there})
-            if here.get(key) != there.get(key)
-        )
+    differing = ", ".join(
+        f"model.{key}={here.get(key)} (there {there.get(key)})"
+        for key in sorted({*here, *there} - {"stochastic_depth"})
+        if here.get(key, usual.get(key)) != there.get(key, usual.get(key))
+    )
+    if differing:
         raise ValueError(f"weights={weights}: expected the network that model= describes, got {differing}")
+    card, (satellite, static, reach) = begun.card, shown
+    for key, now in (("satellite", [*satellite]), ("static", [*static]), ("reach", reach)):
+        if (before := card.get(key, now)) != now:
+            log.warning("weights=%s: learned with %s=%s, and goes on with %s", weights, key, before, now)
     network.load_state_dict(begun.network.state_dict())
-    return begun
+    return {
+        "sha256": begun.sha256,
+        **{key: card.get(key) for key in ("cubes", "validation_cubes", "weights")},
+    }
+
+
+def _begun_with(folder: Path) -> Mapping[str, Any] | None:
+    """What is told of the weights that a training began with, if it left a checkpoint to go on from."""
+    started = folder / CONFIG
+    if not started.is_file() or newest(folder / FOLDER) is None:
+        return None
+    told: Mapping[str, Any] | None = json.loads(started.read_text()).get("weights")
+    return told
+
+
+def _warn_of_seen(begun: Mapping[str, Any], validated: Sequence[Observations]) -> None:
+    """Says of cubes to validate on that the weights, or those they began with, may have learned from them."""
+    seen, each = set(), begun
+    while each:
+        cubes = [*(each.get("cubes") or ()), *(each.get("validation_cubes") or ())]
+        seen |= {cube.get("snapshot") for cube in cubes}
+        each = each.get("weights") or {}
+    for cube in validated:
+        if cube.snapshot in seen:
+            log.warning(
+                "%s: weights= may have learned from what is validated on: scores promise too much", cube.path
+            )
+
+
+def _keep_prior(network: nn.Module, folder: Path) -> None:
+    """Writes down the prior that a training begins with, where it is not fitted; nothing older stays."""
+    (folder / LOCAL).unlink(missing_ok=True)
+    if isinstance(network, MetNet) and network.prior is not None:
+        _replace(folder / PRIOR, save(network.prior.state_dict()))
 
 
 def _fit_start(
@@ -591,7 +643,7 @@ def _differing(folder: Path, config: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}={wanted.get(key)} (it was {before.get(key)})"
         for key in sorted({*before, *wanted})
-        if before.get(key) != wanted.get(key)
+        if before.get(key) != wanted.get(key) and (key in before or wanted[key])  # a new one may be off
     ]
 
 
@@ -618,7 +670,9 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _begin(folder: Path, config: Mapping[str, Any], snapshots: list[str]) -> None:
+def _begin(
+    folder: Path, config: Mapping[str, Any], snapshots: list[str], begun: Mapping[str, Any] | None
+) -> None:
     """Writes down what the run was started with; warns if a cube that it learned from has changed since."""
     if _helps():
         return
@@ -628,7 +682,8 @@ def _begin(folder: Path, config: Mapping[str, Any], snapshots: list[str]) -> Non
         for old, new in zip(before, snapshots, strict=True):
             if old != new:
                 log.warning("%s goes on with a cube that has changed: snapshot %s, then %s", folder, old, new)
-    _replace(started, json.dumps({"config": config, "cube_snapshots": snapshots}, indent=2).encode())
+    told = {"config": config, "cube_snapshots": snapshots, "weights": begun}
+    _replace(started, json.dumps(told, indent=2).encode())
 
 
 def _fit(
@@ -809,7 +864,7 @@ def _finish(
     task: Task,
     fitted: Fitted,
     calibration: Calibrated | None,
-    begun: TrainedModel | None,
+    begun: Mapping[str, Any] | None,
 ) -> Trained:
     """Writes weights, then card: a card is only ever beside its own weights."""
     weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
@@ -827,7 +882,7 @@ def _finish(
         "reach": beside.reach,
         "cubes": [_told(cube) for cube in learned],
         "validation_cubes": [_told(cube) for cube in kept],
-        "weights": None if begun is None else {"sha256": begun.sha256, "cubes": begun.card.get("cubes")},
+        "weights": begun,
         "steps": fitted.steps,
         "seconds": round(fitted.seconds, 1),
         "parameters": parameters,

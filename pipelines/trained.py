@@ -214,7 +214,7 @@ def trained(path: str | Path) -> TrainedModel:
 
 
 def untrained(path: str | Path) -> TrainedModel:
-    """The prior of a run folder as it was fitted, and nothing else: not what is local beside it.
+    """The prior of a run folder as it was before the training, and nothing else: not what is local beside it.
 
     Raises:
         ValueError: if the folder holds no finished run, one of a network without a prior, or not its weights.

@@ -189,3 +189,10 @@ def test_a_wrong_argument_is_refused_before_any_training(tmp_path, key, value):
     with pytest.raises(ValueError, match=f"^{key}={value}: .*expected"):
         bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), **{key: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_may_have_learned_from_what_is_left_out_are_refused_before_any_work(tmp_path):
+    config = {"training": {"weights": "pretrained"}}
+    with pytest.raises(ValueError, match=r"^training.weights=pretrained: expected null"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), config=config)
+    assert not (tmp_path / "out").exists()

@@ -134,12 +134,21 @@ def of_closed_data(run, tmp_path, monkeypatch):
     return made, None, r"learned from nwcsaf; expected none but those whose terms allow it \(fmi, "
 
 
+def begun_elsewhere(run, tmp_path, monkeypatch):
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    card = json.loads((run / "model.json").read_text())
+    (made / "model.json").write_text(json.dumps({**card, "weights": {"sha256": "ab", "cubes": []}}))
+    return made, None, r"began with other weights; expected one that learned from nothing but its cubes"
+
+
 def without_skill(run, tmp_path, monkeypatch):
     (tmp_path / "skill.json").write_text('[{"name": 1}]')
     return run, str(tmp_path / "skill.json"), r"expected a skill\.json of metnet bench-skill"
 
 
-@pytest.mark.parametrize("wrong", [unfinished, too_large, of_closed_data, without_skill])
+@pytest.mark.parametrize("wrong", [unfinished, too_large, of_closed_data, begun_elsewhere, without_skill])
 def test_what_must_not_ship_is_refused_and_what_ships_stays(run, tmp_path, monkeypatch, wrong):
     place = tmp_path / "package" / "pretrained"
     ship(str(run), "two cores", folder=place)

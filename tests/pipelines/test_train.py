@@ -1,6 +1,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from datetime import timedelta
 from functools import partial
 
@@ -23,7 +24,7 @@ from pipelines.drop_out import DropOut
 from pipelines.task import Learning, Task
 from pipelines.train import train
 from pipelines.trained import trained
-from tests.pipelines.training import ATTENTION, FIVE, MODEL, START, drifting, made_cube, trained_on
+from tests.pipelines.training import ATTENTION, FIVE, MODEL, PUBLISHED, START, drifting, made_cube, trained_on
 
 pytestmark = pytest.mark.usefixtures("one_thread", "uncalibrated")
 CALIBRATED = pipelines.train._calibrated
@@ -529,7 +530,10 @@ def test_a_training_begins_with_the_weights_of_a_finished_run_and_fits_no_prior(
     card = json.loads((run / "model.json").read_text())
     assert begun.validation["val_crps_prior"] == pytest.approx(card["validation"]["val_crps"], rel=1e-4)
     told = json.loads((tmp_path / "model.json").read_text())["weights"]
-    assert told == {"sha256": card["sha256"], "cubes": card["cubes"]}
+    assert told == {
+        "sha256": card["sha256"],
+        **{key: card[key] for key in ("cubes", "validation_cubes", "weights")},
+    }
     kept = load_file(tmp_path / "prior.safetensors")
     assert all(torch.equal(kept[name], before[f"prior.{name}"]) for name in kept)
 
@@ -542,27 +546,44 @@ def test_a_killed_training_that_began_with_weights_goes_on_to_the_same(cube, run
             raise TypeError
         return step(self, batch, batch_idx)
 
+    gone = shutil.copytree(run, tmp_path / "gone")
     deep = {**MODEL, "stochastic_depth": 0.5}  # random in training, and no other network than that of the run
     trained_on(cube, tmp_path / "whole", steps=5, model=deep, weights=str(run))
     monkeypatch.setattr(Task, "training_step", mortal)
     with pytest.raises(TypeError):
-        trained_on(cube, tmp_path / "killed", steps=5, model=deep, weights=str(run))
+        trained_on(cube, tmp_path / "killed", steps=5, model=deep, weights=str(gone))
     monkeypatch.undo()
-    trained_on(cube, tmp_path / "killed", steps=5, model=deep, weights=str(run))
+    prior = (tmp_path / "killed" / "prior.safetensors").read_bytes()
+    shutil.rmtree(gone)
+    trained_on(cube, tmp_path / "killed", steps=5, model=deep, weights=str(gone))
+    assert (tmp_path / "killed" / "prior.safetensors").read_bytes() == prior
+    cards = [json.loads((tmp_path / name / "model.json").read_text()) for name in ("whole", "killed")]
+    assert cards[0]["weights"] == cards[1]["weights"]
     whole, killed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
     assert all(torch.equal(weight, whole[name]) for name, weight in killed.items())
+
+
+def test_weights_tell_all_that_they_ever_learned_from_and_warn_of_validating_on_it(
+    cube, run, tmp_path, caplog
+):
+    trained_on(cube, tmp_path / "next", steps=1, weights=str(run))
+    assert "may have learned from what is validated on" in caplog.text
+    trained_on(cube, tmp_path / "last", steps=1, weights=str(tmp_path / "next"))
+    first, last = (json.loads((each / "model.json").read_text()) for each in (run, tmp_path / "last"))
+    assert last["weights"]["weights"]["sha256"] == first["sha256"]
 
 
 @pytest.mark.parametrize(
     ("weights", "model", "said"),
     [
-        ("nowhere", MODEL, "nowhere: no model.json"),
+        ("nowhere", MODEL, "weights=nowhere: nowhere: no model.json"),
         (
             "run",
             {**MODEL, "channels": 16},
             r"expected the network that model= .* model.channels=16 \(there 8\)",
         ),
         ("run", {**MODEL, "local": 0}, r"model.local=0 \(there None\)"),
+        ("run", PUBLISHED["metnet1"], "expected a MetNet1, as model= describes, got a MetNet"),
     ],
 )
 def test_weights_of_nothing_or_of_another_network_are_refused(cube, run, tmp_path, weights, model, said):
