@@ -35,10 +35,10 @@ from pipelines.past import past
 from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.report import DECIDED
+from pipelines.run_folder import Trained
 from pipelines.samples import Span
 from pipelines.skill import Difference, Estimate, Skill
 from pipelines.sources.source import Source
-from pipelines.train import Trained
 from pipelines.trained import CARD, TrainedModel, trained, untrained
 
 THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability

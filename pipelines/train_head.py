@@ -20,8 +20,9 @@ from metnet.rain import RainBins
 from pipelines.construct import construct
 from pipelines.drop_out import DropOut
 from pipelines.plain import rain_cube
+from pipelines.run_folder import Trained
 from pipelines.samples import Span
-from pipelines.train import NOTHING_DROPPED, Trained, train
+from pipelines.train import NOTHING_DROPPED, train
 from pipelines.trained import TrainedModel, trained
 
 

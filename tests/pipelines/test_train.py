@@ -168,7 +168,7 @@ def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp
         trained_on(cube, tmp_path / "run", steps=-5, prior_steps=9)
     second = place.read_bytes()
     assert second != first
-    monkeypatch.setattr("pipelines.train.rank_zero_only.rank", 1, raising=False)
+    monkeypatch.setattr("pipelines.run_folder.rank_zero_only.rank", 1, raising=False)
     with pytest.raises(ValueError, match="max_steps"):
         trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
     assert place.read_bytes() == first, "a process that comes before the first one sees it too"
@@ -463,7 +463,7 @@ def test_what_is_local_is_loaded_by_a_training_that_was_stopped_before_its_first
         trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3, learning_rate=1e-9)
     monkeypatch.undo()
     kept = local_of(tmp_path)
-    monkeypatch.setattr("pipelines.train._fit_on_pixels", None)
+    monkeypatch.setattr("pipelines.beginning._fit_on_pixels", None)
     trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3, learning_rate=1e-9)
     assert torch.equal(local_of(tmp_path)["first.weight"], kept["first.weight"])
     weights = weights_of(tmp_path)
@@ -522,7 +522,7 @@ def test_without_validation_what_is_local_is_kept_as_fitted(cube, tmp_path, capl
 def test_a_training_begins_with_the_weights_of_a_finished_run_and_fits_no_prior(
     cube, run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pipelines.train, "_fit_on_pixels", None)  # would fail if it were called
+    monkeypatch.setattr("pipelines.beginning._fit_on_pixels", None)  # would fail if it were called
     begun = trained_on(cube, tmp_path, steps=1, learning_rate=1e-9, prior_steps=5, weights=str(run))
     before, after = weights_of(run), weights_of(tmp_path)
     assert before.keys() == after.keys()

@@ -1,0 +1,115 @@
+"""Lightning's trainer, made for a run folder; refuses what Lightning would take and get wrong."""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
+
+PRECISIONS = ("32-true", "bf16-mixed")  # 16 bits would want losses that are scaled
+
+
+def make_trainer(
+    make: Callable[..., Trainer], callbacks: Sequence[Callback], folder: Path, strategy: Strategy | None
+) -> Trainer:
+    """The trainer, with a clock if it has none.
+
+    Raises:
+        ValueError: if it would never end, or refuses its arguments.
+    """
+    _check_precision(make)
+    try:
+        trainer = make(
+            max_epochs=-1,
+            callbacks=[*callbacks],
+            logger=[
+                CSVLogger(folder, name="logs"),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ],
+            default_root_dir=folder,
+            strategy=strategy or "auto",
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        raise ValueError(f"trainer: {error}") from error
+    except AttributeError as error:  # what Lightning makes of max_time=5
+        raise ValueError("trainer.max_time: expected days:hours:minutes:seconds") from error
+    _check(trainer, strategy)
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if any(isinstance(callback, Timer) and callback.time_remaining() == 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError("trainer.max_time: expected more than no time at all")
+    if trainer.max_steps < 0 and not timed:
+        raise ValueError("trainer.max_steps=-1 and trainer.max_time=null: give one of them, or it never ends")
+    if not timed:
+        trainer.callbacks.append(Timer())  # type: ignore[attr-defined]
+    return trainer
+
+
+def _check_precision(make: Callable[..., Trainer]) -> None:
+    """Refuses 16 bits of little range before Lightning takes others for them, as it does on a CPU.
+
+    Raises:
+        ValueError: saying what to take.
+    """
+    asked = str(make.keywords.get("precision", "")) if isinstance(make, partial) else ""
+    if asked.startswith("16"):
+        raise ValueError(
+            f"trainer.precision={asked}: expected one of {', '.join(PRECISIONS)}; "
+            "take bf16-mixed, which needs no scaling of the loss"
+        )
+
+
+def _check(trainer: Trainer, strategy: Strategy | None) -> None:
+    """Refuses what Lightning would take and get wrong: a norm below 0 turns every gradient around.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    clip, every = trainer.gradient_clip_val, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    alone = "1 with strategy=alone; for several processes, set strategy=ddp"
+    for key, value, expected, is_right in (
+        ("precision", trainer.precision, f"one of {', '.join(PRECISIONS)}", trainer.precision in PRECISIONS),
+        (
+            "accumulate_grad_batches",
+            trainer.accumulate_grad_batches,
+            "at least 1",
+            trainer.accumulate_grad_batches >= 1,
+        ),
+        ("gradient_clip_val", clip, "a norm, or 0 for none", clip is None or 0 <= clip < math.inf),
+        ("log_every_n_steps", every, "at least 1, or 0 for no logs", every >= 0),
+        ("devices", trainer.num_devices, alone, strategy is not None or trainer.num_devices == 1),
+        ("num_nodes", trainer.num_nodes, alone, strategy is not None or trainer.num_nodes == 1),
+    ):
+        if not is_right:
+            raise ValueError(f"trainer.{key}={value}: expected {expected}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Lightning's remarks and hints from the terminal; errors still come."""
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
