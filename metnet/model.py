@@ -26,13 +26,14 @@ from metnet.head import Categorical, Head, Link, climatology, spelt
 from metnet.inputs import Inputs
 from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
 from metnet.local import Local, describe, pace
-from metnet.prior import NEAR, AdvectionPrior, Pixels, neighbourhoods, pixels
+from metnet.prior import NEAR, AdvectionPrior, Pixels, minutes_of, neighbourhoods, pixels
 from metnet.rain import BinnedForecast, RainBins
 from metnet.scaling import RainScaling, Unit
 from metnet.surroundings import Surroundings
 
 PIXELS_AT_ONCE = 2**18  # of all lead times together at full resolution; bounds the memory of a forecast
 CARRIED = 3  # newest frames that are carried along their motion
+STILL = 2.0  # times as far ahead counts rain whose motion nobody knows: likelier on five events of five
 AXIAL = partial(AxialAttention, heads=4, dim_index=1)
 CATEGORICAL = Categorical()
 
@@ -169,17 +170,13 @@ class MetNet(nn.Module):
         rain = self._moving(whole)
         carried = rain.carried(whole.lead_time)
         newest, frame = _newest(carried)
-        told = (
-            None
-            if self.local is None
-            else _told(carried, newest, frame, whole.lead_time, rain.age, rain.paces, rain.lags)
-        )
+        ahead, around = rain.ahead(whole.lead_time), (rain.age, rain.paces, rain.lags)
+        told = None if self.local is None else _told(carried, newest, frame, ahead, *around)
         down, right = (
             full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
         )
         target = F.pad(batch.target, (0, right, 0, down), value=torch.nan)
-        place = (whole.lead_time, whole.cell_size)
-        return pixels(self.bins, newest, *place, target, count, generator, rain.age, frame, told)
+        return pixels(self.bins, newest, ahead, whole.cell_size, target, count, generator, frame, told)
 
     def encode(self, batch: Batch) -> "Past":
         """The past, which no lead time changes: its memory, and what is seen at full resolution.
@@ -233,9 +230,10 @@ class MetNet(nn.Module):
         carried = rain.carried(lead_time) if carried is None else carried
         newest, frame = _newest(carried)
         numbers = self._numbers(field, fine + self.stream(carried, newest), told, lead)
-        said = self.prior(newest, lead_time, rain.cell_size, rain.age, frame)
+        ahead = rain.ahead(lead_time)
+        said = self.prior(newest, ahead, rain.cell_size, frame)
         if self.local is not None:
-            known = _told(carried, newest, frame, lead_time, rain.age, rain.paces, rain.lags)
+            known = _told(carried, newest, frame, ahead, rain.age, rain.paces, rain.lags)
             said = self.local(known, said.flatten(0, 1)).unflatten(0, (-1, lead))
         return self.link.logits(self.link.numbers(said) + self._heard(numbers))
 
@@ -311,6 +309,16 @@ class Moving:
         """How rain of each size hangs together from frame to frame, likewise."""
         return Lags.of(self.together, self.age)
 
+    def ahead(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead"]:
+        """The minutes that each frame is carried; where a second one is missing, `STILL` times as many.
+
+        Without it there is no motion, and what stands still in place of moving is soon somewhere else.
+        """
+        seen = ~self.radar.isnan().flatten(2).all(dim=2)
+        moved = seen.sum(dim=1)[:, None, None] > 1
+        minutes = self.age[:, :, None] + lead_time
+        return torch.where(moved, minutes, STILL * minutes)
+
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
         """The frames carried along the motion to each lead time (mm/h)."""
         return _carried(self.radar, self.age, self.motion, lead_time)
@@ -360,16 +368,14 @@ def _told(
     carried: Float[Tensor, "batch frame lead Y X"],
     newest: Float[Tensor, "batch lead Y X"],
     frame: UInt8[Tensor, "batch lead Y X"],
-    lead_time: Float[Tensor, "lead"],
+    ahead: Float[Tensor, "batch frame lead"],
     age: Float[Tensor, "batch frame"],
     paces: Float[Tensor, "batch 2 Y X"],
     lags: Lags,
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel; `newest` and `frame` as `_newest` tells them."""
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
-    each = torch.arange(len(newest), device=newest.device)[:, None, None, None]
-    ahead = lead_time[:, None, None] + age[each, frame.long()]
-    return describe(filled, ahead, age, paces, lags.after(lead_time + age[:, :1]))
+    return describe(filled, minutes_of(ahead, frame), age, paces, lags.after(ahead[:, 0]))
 
 
 class Stream(nn.Module):

@@ -54,26 +54,24 @@ class AdvectionPrior(nn.Module):
     def forward(
         self,
         carried: Float[Tensor, "batch lead Y X"],
-        lead_time: Float[Tensor, "lead"],
+        ahead: Float[Tensor, "batch frame lead"],
         cell_size: Float[Tensor, "batch"],
-        age: Float[Tensor, "batch frame"] | None = None,
         frame: UInt8[Tensor, "batch lead Y X"] | None = None,
     ) -> Float[Tensor, "batch lead bin Y X"]:
-        """Log-probabilities of the classes around a field that was carried to each lead time (mm/h, minutes).
+        """Log-probabilities of the classes around a field that was carried to each lead time (mm/h).
 
-        A value counts as far ahead as it was carried: by its lead time and by the age (minutes) of the
-        `frame` it is of, which is 0 if none is given. The sides of the grid must be multiples of 4.
+        `ahead` tells how many minutes each frame was carried, `frame` which of them each value is of: the
+        first, if none is given. The sides of the grid must be multiples of 4.
         """
         batch, lead = carried.shape[:2]
-        if age is None or frame is None:
-            age, frame = cell_size.new_zeros(batch, 1), torch.zeros_like(carried, dtype=torch.uint8)
+        frame = torch.zeros_like(carried, dtype=torch.uint8) if frame is None else frame
         usual = self.climatology.softmax(dim=0)[:, None, None]
         fine, wide = _neighbourhoods(*_classes(self.bins, carried), usual)
         sizes = cell_size.repeat_interleave(lead)
         source = frame.flatten(0, 1)
         total = torch.zeros(())
-        for index, minutes in enumerate(age.unbind(dim=1)):
-            weights = self.weights((minutes[:, None] + lead_time).flatten(), sizes)
+        for index, minutes in enumerate(ahead.unbind(dim=1)):
+            weights = self.weights(minutes.flatten(), sizes)
             if index == 0:
                 total = _mixed(weights, fine, wide, usual)
             else:  # few cells: those that the newer frames did not see
@@ -159,30 +157,27 @@ class Pixels:
 def pixels(
     bins: RainBins,
     carried: Float[Tensor, "batch lead Y X"],
-    lead_time: Float[Tensor, "lead"],
+    ahead: Float[Tensor, "batch frame lead"],
     cell_size: Float[Tensor, "batch"],
     target: Float[Tensor, "batch lead Y X"],
     count: int,
     generator: torch.Generator,
-    age: Float[Tensor, "batch frame"] | None = None,
     frame: UInt8[Tensor, "batch lead Y X"] | None = None,
     told: Float[Tensor, "sample feature Y X"] | None = None,
 ) -> Pixels:
     """Some of the observed pixels of a target, `count` of each sample and lead time, drawn with repetition.
 
-    `age` and `frame` are those of `AdvectionPrior.forward`, `told` is what else is known there. The sides of
-    the grid must be multiples of 4.
+    `ahead` and `frame` are those of `AdvectionPrior.forward`, `told` is what else is known there. The sides
+    of the grid must be multiples of 4.
     """
-    if age is None or frame is None:
-        age, frame = cell_size.new_zeros(len(carried), 1), torch.zeros_like(carried, dtype=torch.uint8)
+    frame = torch.zeros_like(carried, dtype=torch.uint8) if frame is None else frame
     onehot, seen = _classes(bins, carried)
     fell = rearrange(bins.classify(target), "batch lead y x -> (batch lead) (y x)")
     unknown = F.one_hot(torch.tensor(len(bins))).to(onehot)[:, None, None]  # a share by itself, the last
     fine, wide = _neighbourhoods(F.pad(onehot, (0, 0, 0, 0, 0, 1)), seen, unknown)
     near = rearrange([*fine, *(risen(part) for part in wide)], "side n channel y x -> n (y x) side channel")
-    sizes = cell_size.repeat_interleave(len(lead_time))
-    old = age[torch.arange(len(age))[:, None, None], frame.flatten(2).long()]
-    minutes = (old + lead_time[:, None]).flatten(0, 1)
+    sizes = cell_size.repeat_interleave(carried.shape[1])
+    minutes = minutes_of(ahead, frame).flatten(2).flatten(0, 1)
     known = fell.new_zeros(*fell.shape, 0, dtype=near.dtype) if told is None else told.flatten(2).mT
     parts = []
     for sample, observed in enumerate(fell):
@@ -199,6 +194,14 @@ def pixels(
         none = torch.zeros(0, dtype=torch.int64)
         return Pixels(*empty, torch.zeros(0), torch.zeros(0), none, known[0, :0])
     return Pixels.joined(parts)
+
+
+def minutes_of(
+    ahead: Float[Tensor, "batch frame lead"], frame: UInt8[Tensor, "batch lead Y X"]
+) -> Float[Tensor, "batch lead Y X"]:
+    """How many minutes the value of each pixel was carried, by the frame that it is of."""
+    batch, lead = (torch.arange(size, device=ahead.device) for size in frame.shape[:2])
+    return ahead[batch[:, None, None, None], frame.long(), lead[:, None, None]]
 
 
 def _neighbourhoods(

@@ -395,6 +395,7 @@ def _finish(
         if task.importance.steps
         else None,  # of each class, undone already
         "skipped_steps": task.skipped,
+        "precision": task.trainer.precision,
         "calibration": None if calibration is None else calibration.card(),
         "validation": fitted.scores or None,
         "scores": fitted.table or None,

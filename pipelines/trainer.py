@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Timer
@@ -15,6 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 
 PRECISIONS = ("32-true", "bf16-mixed")  # 16 bits would want losses that are scaled
+AUTO = "auto"  # the quicker of them
+log = logging.getLogger(__name__)
 
 
 def make_trainer(
@@ -25,9 +28,10 @@ def make_trainer(
     Raises:
         ValueError: if it would never end, or refuses its arguments.
     """
-    _check_precision(make)
+    precision = _precision(make)
     try:
         trainer = make(
+            **precision,
             max_epochs=-1,
             callbacks=[*callbacks],
             logger=[
@@ -58,18 +62,38 @@ def make_trainer(
     return trainer
 
 
-def _check_precision(make: Callable[..., Trainer]) -> None:
-    """Refuses 16 bits of little range before Lightning takes others for them, as it does on a CPU.
+def _precision(make: Callable[..., Trainer]) -> dict[str, str]:
+    """What to ask Lightning for in place of `AUTO`; nothing where something else is asked for.
 
     Raises:
-        ValueError: saying what to take.
+        ValueError: for 16 bits of little range, which Lightning takes for others on a CPU.
     """
-    asked = str(make.keywords.get("precision", "")) if isinstance(make, partial) else ""
+    given = make.keywords if isinstance(make, partial) else {}
+    asked = str(given.get("precision", ""))
     if asked.startswith("16"):
         raise ValueError(
-            f"trainer.precision={asked}: expected one of {', '.join(PRECISIONS)}; "
+            f"trainer.precision={asked}: expected one of {', '.join((*PRECISIONS, AUTO))}; "
             "take bf16-mixed, which needs no scaling of the loss"
         )
+    able = _knows_bfloat16(str(given.get("accelerator", "auto")))
+    if asked == AUTO:
+        found = "bf16-mixed" if able else "32-true"
+        log.info("trainer.precision=auto: %s is the quicker one on this machine", found)
+        return {"precision": found}
+    if asked.startswith("bf16") and not able:
+        log.warning(
+            "trainer.precision=%s: this machine has no instructions for bfloat16 and takes several times as "
+            "long as with 32-true; trainer.precision=auto takes the quicker one",
+            asked,
+        )
+    return {}
+
+
+def _knows_bfloat16(accelerator: str) -> bool:
+    """Whether the hardware computes in bfloat16, and not software in its place."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def _check(trainer: Trainer, strategy: Strategy | None) -> None:
@@ -79,9 +103,10 @@ def _check(trainer: Trainer, strategy: Strategy | None) -> None:
         ValueError: naming the key.
     """
     clip, every = trainer.gradient_clip_val, trainer.log_every_n_steps  # type: ignore[attr-defined]
+    known = f"one of {', '.join((*PRECISIONS, AUTO))}"
     alone = "1 with strategy=alone; for several processes, set strategy=ddp"
     for key, value, expected, is_right in (
-        ("precision", trainer.precision, f"one of {', '.join(PRECISIONS)}", trainer.precision in PRECISIONS),
+        ("precision", trainer.precision, known, trainer.precision in PRECISIONS),
         (
             "accumulate_grad_batches",
             trainer.accumulate_grad_batches,

@@ -7,12 +7,13 @@ from scipy.ndimage import uniform_filter
 
 from metnet.advection import advect
 from metnet.batch import Batch
-from metnet.model import MetNet, climatology
+from metnet.model import STILL, MetNet, climatology
 from metnet.prior import SIDES, AdvectionPrior, Pixels, pixels
 from metnet.rain import RainBins
 
 BINS = RainBins((0.1, 1.0, 5.0), 50.0)
 LEADS = torch.tensor([5.0, 30.0, 60.0])
+AHEAD = LEADS[None, None]  # of the one frame of one sample
 
 
 def a_batch(rows=48, columns=64, frames=4, seed=0, speed=(0.4, -0.2)):
@@ -96,7 +97,7 @@ def test_the_further_ahead_the_wider_the_neighbourhoods_that_count():
 
 def test_nothing_observed_is_climatology_and_nothing_else():
     prior = AdvectionPrior(BINS, climatology(BINS))
-    said = prior(torch.full((1, 3, 16, 16), torch.nan), LEADS, torch.tensor([1000.0])).exp()
+    said = prior(torch.full((1, 3, 16, 16), torch.nan), AHEAD, torch.tensor([1000.0])).exp()
     expected = torch.tensor(climatology(BINS))[:, None, None].expand(len(BINS), 16, 16)
     for lead in range(3):
         torch.testing.assert_close(said[0, lead], expected)
@@ -125,8 +126,8 @@ def test_a_value_counts_as_far_ahead_as_it_was_carried():
     carried, cell = advect(batch.radar[:, -1], batch.motion, LEADS), torch.tensor([1000.0])
     frame = (torch.rand(carried.shape) < 0.3).to(torch.uint8)
     with torch.no_grad():
-        said = prior(carried, LEADS, cell, torch.tensor([[5.0, 25.0]]), frame)
-        fresh, stale = (prior(carried, LEADS + age, cell) for age in (5.0, 25.0))
+        said = prior(carried, torch.cat([AHEAD + 5, AHEAD + 25], dim=1), cell, frame)
+        fresh, stale = (prior(carried, AHEAD + age, cell) for age in (5.0, 25.0))
     older = (frame == 1)[:, :, None]
     torch.testing.assert_close(said, torch.where(older, stale, fresh))
 
@@ -183,6 +184,19 @@ def test_without_motion_it_says_what_is_missing():
     assert torch.isfinite(small(advection=False)(still).probability).all()
 
 
+def test_rain_whose_motion_nobody_knows_counts_as_farther_ahead():
+    network, batch = small(), a_batch()
+    radar = batch.radar.clone()
+    radar[:, :-1] = torch.nan  # one frame tells no motion
+    alone = Batch(radar, batch.age, batch.init_time, LEADS, batch.cell_size, torch.zeros_like(batch.motion))
+    two = Batch(batch.radar, batch.age, batch.init_time, LEADS, batch.cell_size, alone.motion)
+    late = Batch(batch.radar, batch.age, batch.init_time, STILL * LEADS, batch.cell_size, alone.motion)
+    with torch.no_grad():
+        lost, known, later = (network.eval()(each).probability for each in (alone, two, late))
+    torch.testing.assert_close(lost, later, atol=1e-3, rtol=0)
+    assert (lost - known).abs().max() > 0.05
+
+
 def some_pixels(spread, cell=1000.0, seed=0):
     """Rain that is carried well, and then lies up to `spread` cells elsewhere."""
     random = np.random.default_rng(seed)
@@ -194,7 +208,7 @@ def some_pixels(spread, cell=1000.0, seed=0):
     field, target = (torch.from_numpy(np.stack(each))[:, None] for each in (carried, fell))
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.full((12,), cell)
-    return pixels(BINS, field, torch.tensor([30.0]), sizes, target, 1500, generator)
+    return pixels(BINS, field, torch.full((12, 1, 1), 30.0), sizes, target, 1500, generator)
 
 
 def cross_entropy(prior, some):
@@ -209,16 +223,16 @@ def test_single_pixels_get_what_the_whole_field_gets():
     carried = advect(batch.radar[:, -1], batch.motion, LEADS)
     target, cell = torch.full_like(carried, torch.nan), torch.tensor([500.0])
     target[0, 1, 20, 7] = 3.0  # the only observed pixel
-    some = pixels(BINS, carried, LEADS, cell, target, 3, torch.Generator().manual_seed(0))
+    some = pixels(BINS, carried, AHEAD, cell, target, 3, torch.Generator().manual_seed(0))
     assert some.fell.tolist() == [2, 2, 2] and some.lead_time.tolist() == [30.0] * 3
     with torch.no_grad():
-        torch.testing.assert_close(prior.at(some)[0], prior(carried, LEADS, cell)[0, 1, :, 20, 7])
-    age, frame = torch.tensor([[0.0, 15.0]]), torch.zeros_like(carried, dtype=torch.uint8)
+        torch.testing.assert_close(prior.at(some)[0], prior(carried, AHEAD, cell)[0, 1, :, 20, 7])
+    ahead, frame = torch.cat([AHEAD, AHEAD + 15], dim=1), torch.zeros_like(carried, dtype=torch.uint8)
     frame[0, 1, 20, 7] = 1
-    old = pixels(BINS, carried, LEADS, cell, target, 1, torch.Generator().manual_seed(0), age, frame)
+    old = pixels(BINS, carried, ahead, cell, target, 1, torch.Generator().manual_seed(0), frame)
     assert old.lead_time.tolist() == [45.0]
     with torch.no_grad():
-        torch.testing.assert_close(prior.at(old)[0], prior(carried, LEADS, cell, age, frame)[0, 1, :, 20, 7])
+        torch.testing.assert_close(prior.at(old)[0], prior(carried, ahead, cell, frame)[0, 1, :, 20, 7])
 
 
 def test_a_fitted_prior_is_as_wide_as_the_rain_turned_out_to_be_unsure():
@@ -245,5 +259,5 @@ def test_cells_of_another_size_get_other_neighbourhoods():
     with pytest.raises(ValueError, match="no observed pixel"):
         nothing = torch.full((1, 1, 16, 16), torch.nan)
         generator = torch.Generator()
-        one, size = torch.tensor([5.0]), torch.tensor([1000.0])
+        one, size = AHEAD[:, :, :1], torch.tensor([1000.0])
         prior.fit(pixels(BINS, nothing, one, size, nothing, 5, generator))

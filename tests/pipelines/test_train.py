@@ -23,7 +23,7 @@ from pipelines.cube import Cube
 from pipelines.drop_out import DropOut
 from pipelines.task import Learning, Task
 from pipelines.train import train
-from pipelines.trained import trained
+from pipelines.trained import CARD, trained
 from tests.pipelines.training import ATTENTION, FIVE, MODEL, PUBLISHED, START, drifting, made_cube, trained_on
 
 pytestmark = pytest.mark.usefixtures("one_thread", "uncalibrated")
@@ -214,6 +214,22 @@ def test_16_bits_of_little_range_are_refused_by_what_to_take_wherever_they_are_a
 ):
     with pytest.raises(ValueError, match=r"^trainer\.precision=16-mixed: .*take bf16-mixed"):
         trained_on(cube, tmp_path, steps=1, trainer={"accelerator": accelerator, "precision": "16-mixed"})
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"), [({"avx2"}, "32-true"), ({"avx512_bf16"}, "bf16-mixed")]
+)
+def test_the_quicker_precision_is_the_one_that_the_processor_has_instructions_for(
+    cube, tmp_path, monkeypatch, caplog, instructions, precision
+):
+    has = {name: name in instructions for name in ("avx2", "avx512_bf16", "amx_bf16")}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**has, "architecture": "x86_64"})
+    trained_on(cube, tmp_path / "run", steps=1, trainer={"accelerator": "cpu", "precision": "auto"})
+    assert json.loads((tmp_path / "run" / CARD).read_text())["precision"] == precision
+    caplog.clear()
+    trained_on(cube, tmp_path / "asked", steps=1, trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
+    slow = "trainer.precision=bf16-mixed: this machine has no instructions for bfloat16"
+    assert (slow in caplog.text) == (precision == "32-true")
 
 
 def test_several_processes_want_a_strategy_and_the_refusal_names_it(cube, tmp_path):
