@@ -310,14 +310,18 @@ class Moving:
         return Lags.of(self.together, self.age)
 
     def ahead(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead"]:
-        """The minutes that each frame is carried; where a second one is missing, `STILL` times as many.
+        """By how many minutes each frame counts as ahead: as many as it is carried, or `STILL` times as many.
 
-        Without it there is no motion, and what stands still in place of moving is soon somewhere else.
+        So many where all other frames are empty and nothing moves, for a single frame tells no motion: what
+        stands still in place of moving is soon somewhere else. (Part of a grid may hold a single frame, and
+        have the motion of the whole.) A network that never sees a second one is fitted as it is.
         """
-        seen = ~self.radar.isnan().flatten(2).all(dim=2)
-        moved = seen.sum(dim=1)[:, None, None] > 1
         minutes = self.age[:, :, None] + lead_time
-        return torch.where(moved, minutes, STILL * minutes)
+        if self.radar.shape[1] == 1:
+            return minutes
+        several = (~self.radar.isnan()).flatten(2).any(dim=2).sum(dim=1) > 1
+        told = several | (self.motion != 0).flatten(1).any(dim=1)
+        return torch.where(told[:, None, None], minutes, STILL * minutes)
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
         """The frames carried along the motion to each lead time (mm/h)."""

@@ -60,8 +60,8 @@ class AdvectionPrior(nn.Module):
     ) -> Float[Tensor, "batch lead bin Y X"]:
         """Log-probabilities of the classes around a field that was carried to each lead time (mm/h).
 
-        `ahead` tells how many minutes each frame was carried, `frame` which of them each value is of: the
-        first, if none is given. The sides of the grid must be multiples of 4.
+        `ahead` tells by how many minutes each frame counts as carried ahead, `frame` which of them each value
+        is of: the first, if none is given. The sides of the grid must be multiples of 4.
         """
         batch, lead = carried.shape[:2]
         frame = torch.zeros_like(carried, dtype=torch.uint8) if frame is None else frame
@@ -134,7 +134,7 @@ class Pixels:
 
     near: Float[Tensor, "pixel side bin"]  # share of the neighbourhood that each class has
     unknown: Float[Tensor, "pixel side"]  # share of the neighbourhood that counts as climatology
-    lead_time: Float[Tensor, "pixel"]  # minutes that the value was carried: lead time and age of its frame
+    lead_time: Float[Tensor, "pixel"]  # minutes by which the value counts as carried ahead
     cell_size: Float[Tensor, "pixel"]  # metres
     fell: Int[Tensor, "pixel"]  # the class that was observed
     told: Float[Tensor, "pixel feature"]  # what else is known there
@@ -199,7 +199,7 @@ def pixels(
 def minutes_of(
     ahead: Float[Tensor, "batch frame lead"], frame: UInt8[Tensor, "batch lead Y X"]
 ) -> Float[Tensor, "batch lead Y X"]:
-    """How many minutes the value of each pixel was carried, by the frame that it is of."""
+    """By how many minutes the value of each pixel counts as carried ahead, by the frame that it is of."""
     batch, lead = (torch.arange(size, device=ahead.device) for size in frame.shape[:2])
     return ahead[batch[:, None, None, None], frame.long(), lead[:, None, None]]
 

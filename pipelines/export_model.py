@@ -151,7 +151,12 @@ def write_graph(
     made.warn_of_unlearned(lead_times)
     real = _real(cube, made, _window(cube, size), lead_times)
     made_up = _made_up(_network(made), real)
-    samples = {"made up": made_up, "made up, a frame missing": _without(made_up, -2), "real": real}
+    samples = {
+        "made up": made_up,
+        "made up, a frame missing": _without(made_up, -2),
+        "made up, a single frame": _newest_alone(made_up),
+        "real": real,
+    }
     graph = Graph(made, lead_times, real.age.max().item() + LATE)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as aside:
@@ -416,6 +421,14 @@ def _without(batch: Batch, frame: int) -> Batch:
     if radar.shape[1] > 1:
         radar[:, frame] = torch.nan
     return replace(batch, radar=radar)
+
+
+def _newest_alone(batch: Batch) -> Batch:
+    """The batch with its newest radar frame only, which tells no motion."""
+    radar = batch.radar.clone()
+    radar[:, :-1] = torch.nan
+    still = None if batch.motion is None else torch.zeros_like(batch.motion)
+    return replace(batch, radar=radar, motion=still)
 
 
 def _with_other_sources(network: MetNet, batch: Batch) -> Batch:

@@ -145,6 +145,16 @@ def begun_with(folder: Path) -> Mapping[str, Any] | None:
     return told
 
 
+def begun_precision(folder: Path) -> str | None:
+    """The precision of the training that this one goes on with, or helps; None: it is a new one."""
+    started = folder / CONFIG
+    if not started.is_file() or not (helps() or has_learned(folder)):
+        return None
+    told = json.loads(started.read_text())["config"].get("trainer") or {}
+    precision = told.get("precision")
+    return None if precision is None else str(precision)
+
+
 def helps() -> bool:
     """Whether this process is one that helps a first one, which alone writes."""
     return int(getattr(rank_zero_only, "rank", 0)) > 0

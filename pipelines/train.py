@@ -31,13 +31,22 @@ from pipelines.checkpoints import FOLDER, Checkpoints, StoppedError, newest
 from pipelines.drop_out import DropOut
 from pipelines.observations import Observations
 from pipelines.plain import rain_cube
-from pipelines.run_folder import Trained, alone_in, begin, begun_with, finished, helps, replace_file
+from pipelines.run_folder import (
+    Trained,
+    alone_in,
+    begin,
+    begun_precision,
+    begun_with,
+    finished,
+    helps,
+    replace_file,
+)
 from pipelines.sample_store import stored
 from pipelines.samples import SMALLEST_CROP, Mixed, Samples
 from pipelines.sampling import Sampling, knowable, samples_of
 from pipelines.task import Habits, Importance, Learning, RadarData, Task
 from pipelines.trained import CARD, WEIGHTS, Published
-from pipelines.trainer import make_trainer, quiet
+from pipelines.trainer import decided, make_trainer, quiet
 from pipelines.training_log import Progress, WriteScores
 from pipelines.training_pictures import Pictures
 from pipelines.version import version
@@ -149,6 +158,7 @@ def train(
     )
     _check_learning(seed, learning_rate, on_nonfinite)
     folder = destination.folder("run", run)
+    trainer, config = decided(trainer, config, begun_precision(folder))
     if (before := finished(folder, config)) is not None:
         return before
     learned, kept = _opened([cube] if isinstance(cube, str) else cube, crop), _opened(validation_cubes, crop)
@@ -395,7 +405,6 @@ def _finish(
         if task.importance.steps
         else None,  # of each class, undone already
         "skipped_steps": task.skipped,
-        "precision": task.trainer.precision,
         "calibration": None if calibration is None else calibration.card(),
         "validation": fitted.scores or None,
         "scores": fitted.table or None,

@@ -3,10 +3,11 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -28,10 +29,8 @@ def make_trainer(
     Raises:
         ValueError: if it would never end, or refuses its arguments.
     """
-    precision = _precision(make)
     try:
         trainer = make(
-            **precision,
             max_epochs=-1,
             callbacks=[*callbacks],
             logger=[
@@ -62,8 +61,10 @@ def make_trainer(
     return trainer
 
 
-def _precision(make: Callable[..., Trainer]) -> dict[str, str]:
-    """What to ask Lightning for in place of `AUTO`; nothing where something else is asked for.
+def decided(
+    make: Callable[..., Trainer], config: Mapping[str, Any], before: str | None
+) -> tuple[Callable[..., Trainer], Mapping[str, Any]]:
+    """A trainer and its call with a precision in place of `AUTO`: the one of `before`, or the quicker one.
 
     Raises:
         ValueError: for 16 bits of little range, which Lightning takes for others on a CPU.
@@ -75,25 +76,28 @@ def _precision(make: Callable[..., Trainer]) -> dict[str, str]:
             f"trainer.precision={asked}: expected one of {', '.join((*PRECISIONS, AUTO))}; "
             "take bf16-mixed, which needs no scaling of the loss"
         )
-    able = _knows_bfloat16(str(given.get("accelerator", "auto")))
+    accelerator = str(given.get("accelerator", "auto"))
     if asked == AUTO:
-        found = "bf16-mixed" if able else "32-true"
-        log.info("trainer.precision=auto: %s is the quicker one on this machine", found)
-        return {"precision": found}
-    if asked.startswith("bf16") and not able:
+        quick = "bf16-mixed" if _knows_bfloat16(accelerator) else "32-true"
+        log.info("trainer.precision=auto: %s", before or f"{quick}, which is the quicker one here")
+        found = before or quick
+        make = partial(make, precision=found)
+        config = {**config, "trainer": {**config["trainer"], "precision": found}}
+    elif asked.startswith("bf16") and not _knows_bfloat16(accelerator):
         log.warning(
-            "trainer.precision=%s: this machine has no instructions for bfloat16 and takes several times as "
-            "long as with 32-true; trainer.precision=auto takes the quicker one",
+            "trainer.precision=%s: this machine has no known instructions for bfloat16, without which it "
+            "takes several times as long as 32-true; trainer.precision=auto takes the quicker one",
             asked,
         )
-    return {}
+    return make, config
 
 
 def _knows_bfloat16(accelerator: str) -> bool:
-    """Whether the hardware computes in bfloat16, and not software in its place."""
-    if accelerator != "cpu" and torch.cuda.is_available():
+    """Whether the hardware is one of those known to be quicker in bfloat16."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+    has = torch.cpu.get_capabilities()
+    return accelerator in ("auto", "cpu") and any(has.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def _check(trainer: Trainer, strategy: Strategy | None) -> None:

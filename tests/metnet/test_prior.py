@@ -7,7 +7,7 @@ from scipy.ndimage import uniform_filter
 
 from metnet.advection import advect
 from metnet.batch import Batch
-from metnet.model import STILL, MetNet, climatology
+from metnet.model import STILL, MetNet, Moving, _to_carry, climatology
 from metnet.prior import SIDES, AdvectionPrior, Pixels, pixels
 from metnet.rain import RainBins
 
@@ -184,17 +184,34 @@ def test_without_motion_it_says_what_is_missing():
     assert torch.isfinite(small(advection=False)(still).probability).all()
 
 
-def test_rain_whose_motion_nobody_knows_counts_as_farther_ahead():
-    network, batch = small(), a_batch()
+def test_rain_whose_motion_nobody_knows_counts_as_farther_ahead(monkeypatch):
+    network, batch = small().eval(), a_batch()
+    torch.nn.init.normal_(network.local.last.weight, std=0.3)
     radar = batch.radar.clone()
     radar[:, :-1] = torch.nan  # one frame tells no motion
-    alone = Batch(radar, batch.age, batch.init_time, LEADS, batch.cell_size, torch.zeros_like(batch.motion))
-    two = Batch(batch.radar, batch.age, batch.init_time, LEADS, batch.cell_size, alone.motion)
-    late = Batch(batch.radar, batch.age, batch.init_time, STILL * LEADS, batch.cell_size, alone.motion)
+    alone = replace(batch, radar=radar, motion=torch.zeros_like(batch.motion))
+    target = replace(alone, target=torch.ones(1, 3, *radar.shape[2:]))
+    assert network.pixels(target, 5, torch.Generator()).lead_time.unique().tolist() == [10.0, 60.0, 120.0]
     with torch.no_grad():
-        lost, known, later = (network.eval()(each).probability for each in (alone, two, late))
-    torch.testing.assert_close(lost, later, atol=1e-3, rtol=0)
-    assert (lost - known).abs().max() > 0.05
+        lost = network(alone).probability
+        monkeypatch.setattr("metnet.model.STILL", 1.0)
+        torch.testing.assert_close(network(replace(alone, lead_time=2 * LEADS)).probability, lost)
+        assert (network(alone).probability - lost).abs().max() > 0.05
+
+
+def test_each_sample_and_each_part_of_a_grid_counts_as_ahead_by_the_motion_there_is():
+    batch = a_batch()
+    radar = batch.radar.clone()
+    radar[:, :-1] = torch.nan
+    still = torch.zeros_like(batch.motion)
+    cases = [(radar, still), (batch.radar, still), (radar, batch.motion), (batch.radar, batch.motion)]
+    radars, motions = (torch.cat(each) for each in zip(*cases, strict=True))
+    age = batch.age.expand(4, -1)
+    moving = Moving(*_to_carry(radars, age), motions, batch.cell_size.expand(4))
+    factors = moving.ahead(LEADS)[:, 0] / (LEADS + batch.age[0, -1])
+    assert factors.tolist() == [[STILL] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3]
+    one = Moving(radar[:, -1:], batch.age[:, -1:], still, batch.cell_size)
+    assert torch.equal(one.ahead(LEADS)[0, 0], LEADS + batch.age[0, -1]), "of a network that sees one"
 
 
 def some_pixels(spread, cell=1000.0, seed=0):

@@ -427,7 +427,7 @@ def test_the_network_and_its_prior_learn_from_changed_samples_and_are_validated_
 
 def test_what_a_cube_does_not_allow_is_said(cube, tmp_path, caplog, one_thread, uncalibrated):
     asked = Augmentation(reverse=0.5, coarsen=0.5)
-    with caplog.at_level("INFO", logger="pipelines.train"):
+    with caplog.at_level("INFO", logger="pipelines"):
         trained_on(cube, tmp_path, steps=1, augmentation=asked)
     told = [record.getMessage() for record in caplog.records if "augmentation" in record.getMessage()]
     assert len(told) == 1

@@ -225,10 +225,15 @@ def test_the_quicker_precision_is_the_one_that_the_processor_has_instructions_fo
     has = {name: name in instructions for name in ("avx2", "avx512_bf16", "amx_bf16")}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**has, "architecture": "x86_64"})
     trained_on(cube, tmp_path / "run", steps=1, trainer={"accelerator": "cpu", "precision": "auto"})
-    assert json.loads((tmp_path / "run" / CARD).read_text())["precision"] == precision
+    assert json.loads((tmp_path / "run" / CARD).read_text())["config"]["trainer"]["precision"] == precision
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, precision == "32-true"))
+    on_another_machine = {"accelerator": "cpu", "precision": "auto"}
+    trained_on(cube, tmp_path / "run", steps=2, trainer=on_another_machine)
+    assert json.loads((tmp_path / "run" / CARD).read_text())["config"]["trainer"]["precision"] == precision
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**has, "architecture": "x86_64"})
     caplog.clear()
     trained_on(cube, tmp_path / "asked", steps=1, trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
-    slow = "trainer.precision=bf16-mixed: this machine has no instructions for bfloat16"
+    slow = "trainer.precision=bf16-mixed: this machine has no known instructions for bfloat16"
     assert (slow in caplog.text) == (precision == "32-true")
 
 
