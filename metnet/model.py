@@ -33,7 +33,7 @@ from metnet.surroundings import Surroundings
 
 PIXELS_AT_ONCE = 2**18  # of all lead times together at full resolution; bounds the memory of a forecast
 CARRIED = 3  # newest frames that are carried along their motion
-STILL = 2.0  # times as far ahead counts rain whose motion nobody knows: likelier on five events of five
+STILL = 2.0  # times as far ahead counts rain whose motion nobody knows: likelier on four events of five
 AXIAL = partial(AxialAttention, heads=4, dim_index=1)
 CATEGORICAL = Categorical()
 
