@@ -259,7 +259,9 @@ def _check(key: str, text: str, known: set[str], plain: Any) -> None:
         return
     if key not in known:
         every = sorted(name for name in known if not name.split(".")[-1].startswith("_"))
-        raise UsageError(f"no key {key!r}{_nearest(key, every)}; the keys are: {', '.join(every)}")
+        outer, beside = _beside(key, every)
+        told = f"the keys of {outer} are" if outer else "the keys are"
+        raise UsageError(f"no key {key!r}{_nearest(key, every)}; {told}: {', '.join(beside)}")
     default = OmegaConf.select(plain, key, throw_on_missing=False)
     value = OverridesParser.create().parse_override(_override(key, text)).value()
     if OmegaConf.is_list(default) and not isinstance(value, list | None):
@@ -321,6 +323,15 @@ def _say_missing(command: str, missing: list[str]) -> str:
     meanings = {key.name: key.meaning for key in read_page(CONFIGS / f"{command}.yaml").keys}
     wanted = "; ".join(f"{key}= ({meanings[key]})" if key in meanings else f"{key}=" for key in missing)
     return f"missing {wanted}. See metnet {command} --help"
+
+
+def _beside(key: str, every: list[str]) -> tuple[str, list[str]]:
+    """The innermost known part of a dotted key, and the keys that stand right in it."""
+    outer = key.rpartition(".")[0]
+    while outer and outer not in every:
+        outer = outer.rpartition(".")[0]
+    prefix = f"{outer}." if outer else ""
+    return outer, [name for name in every if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 
 def _nearest(word: str, words: list[str]) -> str:
