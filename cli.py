@@ -197,6 +197,9 @@ def _choices(command: str) -> dict[str, tuple[str, str]]:
     for key, (folder, default) in list(groups.items()):
         for inner, inner_folder, inner_default in read_page(CONFIGS / folder / f"{default}.yaml").groups:
             groups[f"{key}.{inner}"] = (inner_folder, inner_default)
+    for line in (CONFIGS / f"{command}.yaml").read_text().splitlines():
+        if found := re.fullmatch(r" +- ([a-z]\w*)@(\w+)", line):  # the whole of another command, below a key
+            groups |= {f"{found[2]}.{key}": choice for key, choice in _choices(found[1]).items()}
     return groups
 
 

@@ -127,7 +127,11 @@ def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
     ("words", "code", "said"),
     [
         (["wher=x"], 2, "did you mean 'where'"),
-        (["where=x", "nested.dept=2"], 2, "did you mean 'nested.depth'?; the keys of nested are: nested.depth"),
+        (
+            ["where=x", "nested.dept=2"],
+            2,
+            "did you mean 'nested.depth'?; the keys of nested are: nested.depth",
+        ),
         ([], 2, "missing where= (folder of it)"),
         (["where"], 2, "expected key=value"),
         (["where=x", "count=many"], 2, "count=many: expected a whole number, such as 3"),

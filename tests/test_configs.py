@@ -62,3 +62,13 @@ def test_every_member_of_a_group_builds(name):
     else:
         assert name in ("grid/native", "loss/by_head", "strategy/alone")
         assert built is None
+
+
+def test_what_a_training_is_made_of_can_be_chosen_in_front_of_a_whole_recipe():
+    words = ["data=x", "out=y", "training.loss=crps", "training.model.attention=criss_cross"]
+    training = cli.compose("bench-skill", words).training
+    assert training.loss._target_ == "metnet.loss.crps"
+    assert training.model.attention._target_ == "metnet.attention.criss_cross.CrissCrossAttention"
+    assert training.model.stochastic_depth == 0.5, "as the recipe has it"
+    with pytest.raises(cli.UsageError, match=r"training\.loss=crsp: expected one of .*did you mean 'crps'"):
+        cli.compose("bench-skill", ["data=x", "out=y", "training.loss=crsp"])
