@@ -82,7 +82,7 @@ def decided(
         log.info("trainer.precision=auto: %s", before or f"{quick}, which is the quicker one here")
         found = before or quick
         make = partial(make, precision=found)
-        config = {**config, "trainer": {**config["trainer"], "precision": found}}
+        config = {**config, "trainer": {**config.get("trainer", {}), "precision": found}}
     elif asked.startswith("bf16") and not _knows_bfloat16(accelerator):
         log.warning(
             "trainer.precision=%s: this machine has no known instructions for bfloat16, without which it "
