@@ -147,6 +147,9 @@ def test_the_demo_leaves_all_it_promises(tmp_path):
         assert (out / name).exists(), name
     assert "CRPS" in done.stdout
     assert "extrapolation" in done.stdout
+    forecasts = ForecastStore.open(str(out / "forecasts"))
+    likely = forecasts.dataset(forecasts.names()[-1]).probability_of_exceedance.sel(threshold=1) > 0.5
+    assert likely.isel(lead_time=0).mean() > 0.01, "the newest map, which is shown first, shows rain"
 
 
 def test_wrong_inputs_are_answered_in_one_line(tmp_path, capsys):
