@@ -13,7 +13,8 @@ FRAMES = 4  # newest frames that tell the motion
 LARGEST_IMAGE = 1500  # cells a side; larger fields are averaged down first, which costs no visible skill
 FINEST_MOTION = 512  # cells a side of the grid on which motion is smoothed: it varies slowly
 SMOOTHING = 15.0  # cells: how far rain tells the motion of its surroundings
-AT_FIRST = 40.0  # cells: and how far at first, where only frame and next frame are looked at
+AT_FIRST = 30.0  # cells: and how far at first, where only frame and next frame are looked at
+DOUBT = 0.3  # that more is to be found between frames farther apart, of what their mean pixel tells
 FINEST_BLUR = 12.0  # cells: wider blurs are done on coarser cells, about as many to a standard deviation
 EDGE = 5  # cells beside unobserved ones, where a radar's edge looks like rain that stands still
 WET = 0.1  # mm/h
@@ -26,11 +27,11 @@ def motion(rain: Field, age: Sequence[float]) -> Field:
     """The motion (cells per minute; along x to the east, along y to the south) of shape (2, y, x).
 
     At first the flow between each two successive frames, smoothed widely. Then each older frame is carried
-    along that to the time of the newest, and what flow is left between the two is added. What lasts from the
-    oldest frame to the newest is what will last: from one frame to the next, rain that forms over a hill, and
-    a radar's own echoes that stand still, hide how fast the rain moves. A flow counts with how much rain both
-    frames show; it is smoothed, and spread over dry and unobserved cells. 0 where all is dry, or fewer than
-    two frames hold anything.
+    along that to the time of the newest, and what flow is left between these two, with some doubt, is added.
+    What lasts from the oldest frame to the newest is what will last: from one frame to the next, rain that
+    forms over a hill, and a radar's own echoes that stand still, hide how fast the rain moves. A flow counts
+    with how much rain both frames show; it is smoothed, and spread over dry and unobserved cells. 0 where all
+    is dry, or fewer than two frames hold anything.
 
     Args:
         rain: mm/h (time, y, x), oldest first; NaN is "not observed", a frame of nothing else is missing.
@@ -47,19 +48,19 @@ def motion(rain: Field, age: Sequence[float]) -> Field:
         return np.zeros((2, y_size, x_size), np.float32)
     times = [age[i] - age[seen[-1]] for i in seen[:-1]]
     carried = [_carried(frame, first * time) for frame, time in zip(frames[:-1], times, strict=True)]
-    left = _mean_flow(
-        [(each, frames[-1], time, 1.0) for each, time in zip(carried, times, strict=True)], SMOOTHING, factor
-    )
+    pairs = [(each, frames[-1], time, 1.0) for each, time in zip(carried, times, strict=True)]
+    left = _mean_flow(pairs, SMOOTHING, factor, DOUBT)
     flow = first if left is None else first + left
     return np.moveaxis(cv2.resize(flow * factor, (x_size, y_size), interpolation=cv2.INTER_LINEAR), 2, 0)
 
 
 def _mean_flow(
-    pairs: Sequence[tuple[Field, Field, float, float]], smoothing: float, factor: int
+    pairs: Sequence[tuple[Field, Field, float, float]], smoothing: float, factor: int, doubt: float = 0.0
 ) -> Field | None:
     """The flow (y, x, 2) a minute between pairs of frames, smoothed over so many cells; None if all is dry.
 
-    With each pair go the minutes between its frames, and how much it counts.
+    With each pair go the minutes between its frames, and how much it counts. With doubt it is the less, down
+    to none, the less rain there is around.
     """
     optical_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flow_sum: Field = np.zeros((1, 1, 2), np.float32)
@@ -72,6 +73,7 @@ def _mean_flow(
     if not weight_sum.any():
         return None
     y_size, x_size = weight_sum.shape
+    weight_sum = weight_sum + np.float32(doubt) * weight_sum.mean()
     smooth = _spread(flow_sum, weight_sum, smoothing / factor)
     return cv2.resize(smooth, (x_size, y_size), interpolation=cv2.INTER_LINEAR).astype(np.float32)
 
