@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # More for pip, such as an index that holds the CPU build of torch (see README.md)
 PIP_ARGS ?=
 BIN := .venv/bin
+# A process of tests for each core, but no more than four: some of them take 2 GB
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses=4 --dist=worksteal
 INSTALLED := .venv/.installed
 
 .PHONY: demo test setup lint format bench constraints clean
@@ -11,8 +14,8 @@ demo: $(INSTALLED)
 	$(BIN)/metnet demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -m "not compile" --jaxtyping-packages=metnet,beartype.beartype $(PYTEST)
-	$(BIN)/python -m pytest -m compile $(PYTEST) || test $$? -eq 5
+	$(BIN)/python -m pytest -m "not compile" $(PARALLEL) --jaxtyping-packages=metnet,beartype.beartype $(PYTEST)
+	$(BIN)/python -m pytest -m compile $(PARALLEL) $(PYTEST) || test $$? -eq 5
 
 setup: $(INSTALLED)
 

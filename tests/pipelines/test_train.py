@@ -516,7 +516,7 @@ def test_what_is_local_is_left_out_where_it_makes_the_validation_worse(cube, tmp
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_from_what_was_fitted(cube, tmp_path, monkeypatch):
-    step, fitted = Task.training_step, {"prior_steps": 3, "local_steps": 3}
+    step, fitted = Task.training_step, {"prior_steps": 3, "local_steps": 3, "validation": 0}
 
     def mortal(self, batch, batch_idx):
         if self.global_step == 4:
