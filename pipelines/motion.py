@@ -13,8 +13,6 @@ FRAMES = 4  # newest frames that tell the motion
 LARGEST_IMAGE = 1500  # cells a side; larger fields are averaged down first, which costs no visible skill
 FINEST_MOTION = 512  # cells a side of the grid on which motion is smoothed: it varies slowly
 SMOOTHING = 15.0  # cells: how far rain tells the motion of its surroundings
-AT_FIRST = 30.0  # cells: and how far at first, where only frame and next frame are looked at
-DOUBT = 0.3  # that more is to be found between frames farther apart, of what their mean pixel tells
 FINEST_BLUR = 12.0  # cells: wider blurs are done on coarser cells, about as many to a standard deviation
 EDGE = 5  # cells beside unobserved ones, where a radar's edge looks like rain that stands still
 WET = 0.1  # mm/h
@@ -26,12 +24,9 @@ Field = NDArray[np.float32]
 def motion(rain: Field, age: Sequence[float]) -> Field:
     """The motion (cells per minute; along x to the east, along y to the south) of shape (2, y, x).
 
-    At first the flow between each two successive frames, smoothed widely. Then each older frame is carried
-    along that to the time of the newest, and what flow is left between these two, with some doubt, is added.
-    What lasts from the oldest frame to the newest is what will last: from one frame to the next, rain that
-    forms over a hill, and a radar's own echoes that stand still, hide how fast the rain moves. A flow counts
-    with how much rain both frames show; it is smoothed, and spread over dry and unobserved cells. 0 where all
-    is dry, or fewer than two frames hold anything.
+    The flow between each two successive frames that hold anything counts with their time apart, and with
+    how much rain both show; it is smoothed, and spread over dry and unobserved cells. 0 where all is dry,
+    or fewer than two frames hold anything.
 
     Args:
         rain: mm/h (time, y, x), oldest first; NaN is "not observed", a frame of nothing else is missing.
@@ -40,51 +35,18 @@ def motion(rain: Field, age: Sequence[float]) -> Field:
     y_size, x_size = rain.shape[1:]
     factor = math.ceil(max(y_size, x_size) / LARGEST_IMAGE)
     seen = [i for i in range(len(rain)) if not np.isnan(rain[i]).all()]
-    frames = [_coarse(rain[i], factor) for i in seen]
-    gaps = [age[older] - age[newer] for older, newer in pairwise(seen)]
-    steps = [(*pair, gap, gap) for pair, gap in zip(pairwise(frames), gaps, strict=True)]
-    first = _mean_flow(steps, AT_FIRST, factor)
-    if first is None:
-        return np.zeros((2, y_size, x_size), np.float32)
-    times = [age[i] - age[seen[-1]] for i in seen[:-1]]
-    carried = [_carried(frame, first * time) for frame, time in zip(frames[:-1], times, strict=True)]
-    pairs = [(each, frames[-1], time, 1.0) for each, time in zip(carried, times, strict=True)]
-    left = _mean_flow(pairs, SMOOTHING, factor, DOUBT)
-    flow = first if left is None else first + left
-    return np.moveaxis(cv2.resize(flow * factor, (x_size, y_size), interpolation=cv2.INTER_LINEAR), 2, 0)
-
-
-def _mean_flow(
-    pairs: Sequence[tuple[Field, Field, float, float]], smoothing: float, factor: int, doubt: float = 0.0
-) -> Field | None:
-    """The flow (y, x, 2) a minute between pairs of frames, smoothed over so many cells; None if all is dry.
-
-    With each pair go the minutes between its frames, and how much it counts. With doubt it is the less, down
-    to none, the less rain there is around.
-    """
+    frames = {i: _coarse(rain[i], factor) for i in seen}
     optical_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flow_sum: Field = np.zeros((1, 1, 2), np.float32)
-    weight_sum: Field = np.zeros((1, 1), np.float32)
-    for older, newer, minutes, counts in pairs:
-        weight = np.sqrt(_weight(older) * _weight(newer)) * np.float32(counts)
-        flow = optical_flow.calc(_framed(older), _framed(newer), None)[: weight.shape[0], : weight.shape[1]]
-        flow_sum = flow_sum + flow * (weight / np.float32(minutes))[..., None]
-        weight_sum = weight_sum + weight
+    flow_sum, weight_sum = np.zeros(()), np.zeros(())
+    for older, newer in pairwise(seen):
+        weight = np.sqrt(_weight(frames[older]) * _weight(frames[newer]))
+        flow = optical_flow.calc(_framed(frames[older]), _framed(frames[newer]), None)
+        flow_sum = flow_sum + flow[: weight.shape[0], : weight.shape[1]] * weight[..., None]
+        weight_sum = weight_sum + weight * np.float32(age[older] - age[newer])
     if not weight_sum.any():
-        return None
-    y_size, x_size = weight_sum.shape
-    weight_sum = weight_sum + np.float32(doubt) * weight_sum.mean()
-    smooth = _spread(flow_sum, weight_sum, smoothing / factor)
-    return cv2.resize(smooth, (x_size, y_size), interpolation=cv2.INTER_LINEAR).astype(np.float32)
-
-
-def _carried(rain: Field, displacement: Field) -> Field:
-    """The field moved by (y, x, 2) cells; NaN where that comes from outside."""
-    y_size, x_size = rain.shape
-    x = np.arange(x_size, dtype=np.float32) - displacement[..., 0]
-    y = np.arange(y_size, dtype=np.float32)[:, None] - displacement[..., 1]
-    moved = cv2.remap(rain, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=math.nan)
-    return moved.astype(np.float32)
+        return np.zeros((2, y_size, x_size), np.float32)
+    smooth = _spread(flow_sum.astype(np.float32), weight_sum.astype(np.float32), factor)
+    return np.moveaxis(cv2.resize(smooth * factor, (x_size, y_size), interpolation=cv2.INTER_LINEAR), 2, 0)
 
 
 def _coarse(rain: Field, factor: int) -> Field:
@@ -121,7 +83,7 @@ def _weight(rain: Field) -> Field:
     return cv2.GaussianBlur(_image(rain).astype(np.float32), (0, 0), 2) * (near_missing == 0)
 
 
-def _spread(flow_sum: Field, weight_sum: Field, smoothing: float) -> Field:
+def _spread(flow_sum: Field, weight_sum: Field, factor: int) -> Field:
     """The weighted mean flow (y, x, 2) over the surroundings; wider ones where the near hold no rain."""
     share = min(1.0, FINEST_MOTION / max(weight_sum.shape))
     size = (math.ceil(weight_sum.shape[1] * share), math.ceil(weight_sum.shape[0] * share))
@@ -130,7 +92,7 @@ def _spread(flow_sum: Field, weight_sum: Field, smoothing: float) -> Field:
     total = flow_sum.mean(axis=(0, 1)) * 1e-4
     weight = weight_sum.mean() * np.float32(1e-4)
     for wider, trust in ((1, 1.0), (6, 1e-2)):
-        deviation = smoothing * wider * share
+        deviation = SMOOTHING * wider * share / factor
         total = total + trust * _blurred(flow_sum, deviation)
         weight = weight + trust * _blurred(weight_sum, deviation)
     return total / weight[..., None]
