@@ -21,14 +21,13 @@ from torch import Tensor
 
 from benchmarks.drills import Case, cases
 from metnet.advection import advect
+from pipelines.baselines.steps import DRY_DECIBEL, WET
 from pipelines.motion import motion
 from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.trained import TrainedModel, trained
 
 WANTED = (5, 15, 30, 60)  # minutes; of a slower cube its nearest steps
-WET = 0.1  # mm/h
-DRY_DECIBEL = -15.0  # what stands for dry where WET is -10 dB
 Field = NDArray[np.float32]
 Estimate = Callable[[Field, Sequence[float]], Field]
 
