@@ -6,9 +6,11 @@ written and renamed, nothing has to agree with a second one, and damage shows be
 
 import hashlib
 import logging
+import math
 import os
 import re
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,7 @@ DIGITS = 32  # of the digest in a name
 NAME = re.compile(rf"step-(\d{{8,}})-([0-9a-f]{{{DIGITS}}})\.ckpt")
 UNFINISHED = "unfinished.ckpt"
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+LONGEST = 300.0  # seconds of work that a power cut may cost, and a step more
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +88,7 @@ class StoppedError(Exception):
 
 
 class Checkpoints(Callback):
-    """Writes a checkpoint every so many steps, at the end, and before it gives way to Ctrl+C or SIGTERM.
+    """Writes a checkpoint every so many steps, after five minutes, at the end, and at Ctrl+C or SIGTERM.
 
     Only between two steps of the optimizer, when no gradient is half gathered. A second Ctrl+C does not wait
     for that. With several processes all take part, and the first writes.
@@ -98,6 +101,7 @@ class Checkpoints(Callback):
     def __init__(self, folder: Path, every: int):
         self.folder, self.every = folder, every
         self._written = -1  # the step of the newest
+        self._since = math.inf  # when it was written, or the training began
         self._signal = 0  # that was received, if any
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,6 +110,7 @@ class Checkpoints(Callback):
         Lightning gives every signal back to whom it belonged, before it tells its callbacks that all is over.
         """
         self._written = trainer.global_step if trainer.ckpt_path else -1
+        self._since = time.monotonic()
         with suppress(ValueError):  # only the main thread of a process may listen
             for number in STOPPING:
                 signal.signal(number, self._received)
@@ -120,7 +125,7 @@ class Checkpoints(Callback):
         if due and trainer.enable_validation:
             return  # it comes next, and what it finds is to be in the checkpoint
         stopping = self._told_to_stop(trainer)
-        if due or stopping:
+        if due or stopping or _any(trainer, time.monotonic() - self._since > LONGEST):
             self._write(trainer)
         if stopping:
             raise StoppedError(f"stopped at step {trainer.global_step}")
@@ -140,8 +145,7 @@ class Checkpoints(Callback):
 
     def _told_to_stop(self, trainer: Trainer) -> bool:
         """Whether any process was."""
-        told = bool(self._signal)
-        return trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+        return _any(trainer, bool(self._signal))
 
     def _write(self, trainer: Trainer) -> None:
         """The state of all that decides how the training goes on."""
@@ -150,10 +154,15 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             file_away(unfinished, trainer.global_step)
         trainer.strategy.barrier("checkpoint")
-        self._written = trainer.global_step
+        self._written, self._since = trainer.global_step, time.monotonic()
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         """Remembers a signal until the step is done; the second time, stops at once."""
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number
+
+
+def _any(trainer: Trainer, here: bool) -> bool:
+    """Whether it is so in any process."""
+    return trainer.strategy.reduce_boolean_decision(here, all=False) if trainer.world_size > 1 else here

@@ -1,8 +1,11 @@
 import logging
 import signal
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
+from pipelines import checkpoints
 from pipelines.checkpoints import KEPT, STOPPING, file_away, newest
 from tests.pipelines.training import drifting, elsewhere, made_cube, trained_on
 
@@ -54,6 +57,15 @@ def test_told_to_stop_it_finishes_the_step_writes_it_down_and_loses_nothing(
     assert newest(tmp_path / "checkpoints").name.startswith(f"step-{kept:08d}-")
     assert trained(cube, tmp_path, batches) == [0]
     assert (tmp_path / "model.safetensors").read_bytes() == whole[batches]
+
+
+def test_where_checks_are_far_apart_a_checkpoint_is_written_after_a_while(cube, tmp_path, monkeypatch):
+    minutes = count(0, 60.0)  # each look at the clock is a minute later
+    filed = []
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
+    monkeypatch.setattr(checkpoints, "file_away", lambda path, step: filed.append(step))
+    trained_on(cube, tmp_path, steps=20, check_every=1000, validation=0.0)
+    assert filed == [6, 12, 18, 20]
 
 
 def test_a_training_that_is_over_gives_the_signals_back(cube, tmp_path):
