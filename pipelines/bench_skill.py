@@ -4,6 +4,7 @@ Each event (or several together) is left out in turn: the recipe trains on all o
 forecaster counts at the very pixels where all others have a forecast, too.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from pipelines.run_folder import Trained
 from pipelines.samples import Span
 from pipelines.skill import Difference, Estimate, Skill
 from pipelines.sources.source import Source
-from pipelines.trained import CARD, TrainedModel, trained, untrained
+from pipelines.trained import CARD, TrainedModel, trained, untrained, with_motion
 
 THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability
 FARTHEST = 60.0  # minutes
@@ -251,9 +252,15 @@ def _cut(batch: Batch, window: tuple[int, int, int, int]) -> Batch:
 def _kept(
     folder: Path, init: datetime, window: tuple[int, int, int, int], forecaster: Forecaster, batch: Batch
 ) -> RainForecast:
-    """The forecast's members, from the folder if they are there: STEPS takes a minute a run."""
+    """The forecast's members, from the folder if they are there: STEPS takes a minute a run.
+
+    Those of other rain (a cube made anew), or of another motion of it, are not taken for them.
+    """
+    flow = with_motion(batch).motion
+    assert flow is not None
+    seen = hashlib.sha256(batch.radar.numpy().tobytes() + flow.numpy().tobytes()).hexdigest()[:12]
     place = "-".join(str(number) for number in (*window, *batch.lead_time.int().tolist()))
-    path = folder / f"{init:%Y%m%dT%H%MZ}-{place}-{forecaster}.zarr".replace(" ", "")
+    path = folder / f"{init:%Y%m%dT%H%MZ}-{place}-{forecaster}-{seen}.zarr".replace(" ", "")
     if not path.exists():
         forecast = forecaster(batch)
         assert isinstance(forecast, EnsembleForecast)

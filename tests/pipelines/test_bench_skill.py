@@ -2,13 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from lightning import Trainer
 
-from pipelines.bench_skill import BenchedSkill, Event, _write, bench_skill, measured, ratio_tables
+from metnet.batch import Batch
+from metnet.rain import EnsembleForecast
+from pipelines.bench_skill import BenchedSkill, Event, _kept, _write, bench_skill, measured, ratio_tables
 from pipelines.goals import BASELINES, Goal
 from pipelines.report import DECIDED
 from pipelines.sources.simulated import Simulated
@@ -129,6 +134,33 @@ def test_what_was_made_is_used_again_and_says_the_same(benched, monkeypatch):
     assert json.dumps([event.table for event in before.events]) == json.dumps(
         [event.table for event in after.events]
     )
+
+
+@pytest.mark.parametrize("other", ["rain", "motion"])
+def test_members_of_other_rain_or_another_motion_of_it_are_not_used_again(tmp_path, monkeypatch, other):
+    def forecaster(batch):
+        made.append(batch)
+        return EnsembleForecast(torch.zeros(1, 2, 1, 8, 8))
+
+    made = []
+    start = datetime(2024, 6, 1, tzinfo=UTC)
+    radar = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    one = Batch(
+        radar,
+        torch.tensor([[5.0, 0.0]]),
+        torch.tensor([int(start.timestamp())]),
+        torch.tensor([5.0]),
+        torch.ones(1),
+    )
+    for _ in range(2):
+        _kept(tmp_path, start, (0, 0, 8, 8), forecaster, one)
+    assert len(made) == 1
+    if other == "rain":
+        one = replace(one, radar=radar.flip(1))
+    else:
+        monkeypatch.setattr("pipelines.trained.motion", lambda *_: np.ones((2, 8, 8), np.float32))
+    _kept(tmp_path, start, (0, 0, 8, 8), forecaster, one)
+    assert len(made) == 2
 
 
 def test_a_skill_json_that_tells_no_goals_is_read_and_one_with_others_is_refused(tmp_path):
