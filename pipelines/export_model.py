@@ -54,6 +54,7 @@ LOOKED_AT = 12  # frames of a cube, of which the wettest becomes the real sample
 OPSET = 20  # of ONNX: the first whose GridSample is the present one
 INT64 = 7  # as ONNX numbers its types
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+log = logging.getLogger(__name__)
 MEANING = {
     "radar": "rain rate, mm/h; NaN: not observed; oldest frame first, row 0 in the north",
     "age": "minutes before the init time of each radar frame, falling",
@@ -158,6 +159,10 @@ def write_graph(
         "real": real,
     }
     graph = Graph(made, lead_times, real.age.max().item() + LATE)
+    log.info(
+        "writing a graph of %d lead times and comparing it with the network: this takes minutes",
+        len(lead_times),
+    )
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as aside:
         written = Path(aside) / to.name
