@@ -7,6 +7,7 @@ lead times then go through the rest as one batch.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,17 @@ class MetNet(nn.Module):
         """Unnormalised log-probabilities of the classes, all lead times in one pass: what a loss wants."""
         rows, columns = batch.radar.shape[2:]
         return self.decode(self.encode(batch), batch.lead_time)[..., :rows, :columns]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what convolves and attends, as `torch.compile` would with these arguments.
+
+        Not what is carried along, nor what is told of each pixel: loops over bands and lead times, which keep
+        a compiler busy for longer than most trainings take, and which it would go through again for others.
+        """
+        parts = [self.downsampler, self.memory, *self.blocks, self.surface, self.head, self.surroundings]
+        for part in parts:
+            if part is not None:
+                part.compile(*args, **kwargs)
 
     def pixels(self, batch: Batch, count: int, generator: torch.Generator) -> Pixels:
         """Some pixels of the target, and what lies around each in the carried field, to fit the prior on.

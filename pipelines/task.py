@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from metnet.batch import Batch
 from metnet.loss import Loss, cross_entropy
+from metnet.model import MetNet
 from metnet.rain import BinnedForecast, EnsembleForecast, RainBins, RainForecast
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
@@ -224,7 +225,12 @@ class Task(LightningModule):
     def _compiled(self) -> Callable[[Batch], Tensor]:
         """What gives the logits in training."""
         logits: Callable[[Batch], Tensor] = self.network.logits  # type: ignore[assignment]
-        return torch.compile(logits) if self.habits.compiled else logits
+        if not self.habits.compiled:
+            return logits
+        if not isinstance(self.network, MetNet):
+            return torch.compile(logits, dynamic=False)
+        self.network.compile(dynamic=False)  # torch 2.13 cannot make every kernel for shapes left open
+        return logits
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the averaged weights, whole; all processes must ask for it."""

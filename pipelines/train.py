@@ -121,7 +121,7 @@ def train(
         importance: pairs of a rate (mm/h), an edge of the network's bins, and how many pixels a pixel with so
             much rain counts as in the loss; the probabilities stay right.
         on_nonfinite: "stop" or "skip" a step whose loss or gradient is not finite.
-        compile: compile the network.
+        compile: compile what convolves and attends (`torch.compile`).
         strategy: Lightning's, where several processes train; None: one process.
         pictures: draw validation samples and their forecasts into the run folder.
         augment: turn and mirror the training samples at random.

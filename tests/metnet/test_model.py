@@ -244,6 +244,27 @@ def test_with_stochastic_depth_a_training_sample_hears_twice_the_network_or_only
     assert torch.equal(net.eval().logits(batch), whole), "a forecast is never random"
 
 
+def slopes(net, batch):
+    """The gradients of a loss by the weights that are heard."""
+    net.zero_grad()
+    net.logits(batch).log_softmax(dim=2).square().mean().backward()
+    return [weight.grad for weight in net.parameters() if weight.grad is not None]
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it itself
+def test_compiled_it_learns_the_same_and_other_lead_times_compile_nothing_anew():
+    net = MetNet(frames=3, channels=16, fine_channels=8, depth=1, attention=small_attention, grid=(8, 8))
+    torch.nn.init.normal_(net.head.classify.weight)
+    batch = replace(storms(), motion=torch.full((2, 2, 32, 32), 0.3))
+    expected = slopes(net, batch)
+    net.compile(backend="aot_eager")
+    for slope, other in zip(slopes(net, batch), expected, strict=True):
+        torch.testing.assert_close(slope, other)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        net.logits(replace(storms(seed=1), lead_time=torch.tensor([10.0, 15.0, 30.0]), motion=batch.motion))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_stochastic_depth_that_is_no_probability_is_refused(share):
     with pytest.raises(ValueError, match=r"stochastic_depth=.*expected a probability below 1"):

@@ -112,6 +112,21 @@ def test_processes_share_out_the_samples_of_every_step():
     assert len(alone) > 2**60
 
 
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_a_compiled_network_learns_the_same(cube, joined, tmp_path, monkeypatch):
+    compiled, compile_it = [], MetNet.compile
+
+    def without_kernels(network, **given):
+        compiled.append(network)
+        return compile_it(network, backend="aot_eager", **given)
+
+    monkeypatch.setattr("pipelines.task.MetNet.compile", without_kernels)
+    trained_on(cube, tmp_path, STEPS, compile=True, batch_size=4, validation=0.0)
+    assert len(compiled) == 1
+    assert farthest(weights_of(tmp_path), weights_of(joined)) < 1e-5
+
+
 def test_the_loss_goes_with_the_head(cube, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("pipelines.train.Habits", lambda *given: seen.append(given[2]) or Habits(*given))
