@@ -4,6 +4,7 @@ The first is how MetNet-2 does it (arXiv 2111.07470), the second MetNet (arXiv 2
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from einops import rearrange, repeat
@@ -68,19 +69,28 @@ class LeadTimePlanes(nn.Module):
         Raises:
             ValueError: for a lead time before the first plane's or after the last one's.
         """
-        last = self.step * self.count
-        outside = [lead for lead in lead_time.tolist() if not self.step <= lead <= last]
-        if outside:
-            raise ValueError(
-                f"lead times {', '.join(f'{lead:g}' for lead in outside)} min: the network's planes stand "
-                f"for {self.step:g} to {last:g} min; ask for these, or train one with more (count=) planes"
-            )
+        self.check(lead_time.tolist())
         plane = torch.arange(1, self.count + 1, device=lead_time.device)
         share = (1 - (lead_time[:, None] / self.step - plane).abs()).clamp(min=0).to(x)
         batch, time, _, rows, columns = x.shape
         planes = repeat(share, "lead plane -> batch lead t plane y x", batch=batch, t=time, y=rows, x=columns)
         frames = repeat(x, "batch t c y x -> batch lead t c y x", lead=len(lead_time))
         return rearrange(torch.cat([frames, planes], dim=3), "batch lead t c y x -> (batch lead) t c y x")
+
+    def check(self, lead_times: Iterable[float]) -> None:
+        """Refuses lead times (minutes) that no plane stands for.
+
+        Raises:
+            ValueError: for one before the first plane's or after the last one's.
+        """
+        last = self.step * self.count
+        outside = [lead for lead in lead_times if not self.step <= lead <= last]
+        if outside:
+            raise ValueError(
+                f"lead times {', '.join(f'{lead:g}' for lead in outside)} min: the network's planes stand "
+                f"for {self.step:g} to {last:g} min; ask for these, or train one with other planes "
+                "(model.lead_time.step= and model.lead_time.count=)"
+            )
 
 
 class FiLM(nn.Module):

@@ -184,7 +184,7 @@ class Samples(Dataset[Batch]):
         )
         self._start = cube.times[0]
         minutes = cube.cadence.total_seconds() / 60
-        self._lead_times = [step * minutes for step in span.leads]
+        self.lead_times = [step * minutes for step in span.leads]  # minutes
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -253,7 +253,7 @@ class Samples(Dataset[Batch]):
         frames = 1 + change.stride * (self.span.frames - 1)
         last = drawn.init_time + (frames - 1) * cadence if change.backwards else drawn.init_time
         sides = self._wide_sides if change.side > 1 else self.sides
-        sample = cut(sides, last, frames, self._lead_times, drawn.window)
+        sample = cut(sides, last, frames, self.lead_times, drawn.window)
         steps = -leads[::-1] if change.backwards else leads
         first = drawn.init_time + int(steps[0]) * cadence
         target = self.cube.block(first, int(steps[-1] - steps[0]) + 1, drawn.window)[steps - steps[0]]

@@ -188,6 +188,8 @@ def train(
         validation_samples=validation_samples,
     )
     training, validating = samples_of(sampling, learned, kept, validation, start, end)
+    if (planes := getattr(network, "planes", None)) is not None:
+        planes.check(sorted({lead for each in (*training, *validating) for lead in each.lead_times}))
     data = RadarData(Mixed(training, batch_size, seed), validating, workers)
     if begun is not None:
         warn_of_seen(begun, [each.cube for each in validating])

@@ -329,6 +329,13 @@ def test_lead_times_off_the_cadence_are_refused(cube, tmp_path):
         trained_on(cube, tmp_path, steps=2, lead_times=[7])
 
 
+def test_lead_times_without_a_plane_are_refused_before_any_work(cube, tmp_path):
+    planes = {"_target_": "metnet.lead_time.LeadTimePlanes", "step": 10.0, "count": 3}
+    with pytest.raises(ValueError, match="5 min: the network's planes stand for 10 to 30 min"):
+        trained_on(cube, tmp_path, steps=2, model={**MODEL, "lead_time": planes})
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(cube, tmp_path, monkeypatch):
     def broken(self, batch):
         return logits(self, batch) * torch.nan
