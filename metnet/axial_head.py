@@ -180,7 +180,8 @@ class Coherent(nn.Module):
             raise ValueError(f"lead_times={list(lead_times)}: expected the {head.leads} that the head draws")
         self.network, self.head = network.requires_grad_(False).eval(), head
         self.count, self.seed = count, seed
-        self.lead_times, self.calibration = tuple(lead_times), calibration
+        self.lead_times = tuple(torch.tensor(list(lead_times), dtype=torch.float32).tolist())  # as batches
+        self.calibration = calibration
 
     @property
     def frames(self) -> int:

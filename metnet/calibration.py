@@ -113,8 +113,8 @@ class Calibration:
             optimizer.zero_grad()
             slope = (numbers[1] + numbers[3] * later).exp()
             line = centre + numbers[0] + numbers[2] * later + slope * logit
-            unlikely = F.binary_cross_entropy_with_logits(line, happened, reduction="sum") / alike
-            total = (unlikely + (numbers**2).sum() / (2 * DOUBT**2)) / count
+            unlikely = F.binary_cross_entropy_with_logits(line, happened, reduction="sum") / count
+            total = unlikely + alike / count * (numbers**2).sum() / (2 * DOUBT**2)
             torch.autograd.backward(total)
             return total
 

@@ -123,10 +123,17 @@ def bench_skill(
     for key, count in (("runs", runs), ("side", side), ("members", members), ("resamples", resamples)):
         if count < 1:
             raise ValueError(f"{key}={count}: expected at least 1")
-    if (began := (config or {}).get("training", {}).get("weights")) is not None:
+    asked = (config or {}).get("training", {})
+    if (began := asked.get("weights")) is not None:
         raise ValueError(
             f"training.weights={began}: expected null, for weights may have learned from what is left out"
         )
+    if chosen := asked.get("validation_cubes"):
+        raise ValueError(
+            f"training.validation_cubes={chosen}: expected none, for what is left out may be among them; "
+            "a training validates on the end of each event that it learns from"
+        )
+    steps = Steps(members)
     folder = destination.folder("out", out)
     if widened is not None and not (Path(widened) / CARD).is_file():
         raise ValueError(
@@ -146,7 +153,7 @@ def bench_skill(
         training(**given, config={**recipe, **given})
         forecasters: dict[str, Forecaster] = {
             "trained": trained(run),
-            "steps": Steps(members),
+            "steps": steps,
             "widened": untrained(widened or run),
             "extrapolation": Extrapolation(),
         }

@@ -38,6 +38,7 @@ class Seen:
     place: bool = False
     surroundings: int = 1  # cells along a side of a mean
     motion: bool = False
+    ages: bool = True  # of its frames, told with them
 
 
 @singledispatch
@@ -66,12 +67,12 @@ def _(network: Coherent) -> Seen:
 
 @seen.register
 def _(network: MetNet1) -> Seen:
-    return Seen(network.satellite.rain, (network.frames,), fields=1, place=True)
+    return Seen(network.satellite.rain, (network.frames,), fields=1, place=True, ages=False)
 
 
 @seen.register
 def _(network: MetNet2) -> Seen:
-    return Seen(network.satellite.rain, (network.images,), fields=1, place=True)
+    return Seen(network.satellite.rain, (network.images,), fields=1, place=True, ages=False)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Beside:
         reach: how many times as wide and high as the sample the surroundings are.
         motion: the motion of the rain, in samples; for a forecast, the forecaster works it out.
         rain: those of `satellite` that hold rain, in mm/h.
+        ages: whether the network makes anything of how old frames are.
     """
 
     satellite: Sequence[str] = ()
@@ -99,6 +101,7 @@ class Beside:
     reach: float = 2.0
     motion: bool = True
     rain: Sequence[str] = ()
+    ages: bool = True
 
     def __post_init__(self) -> None:
         """Refuses surroundings that do not surround, and images of what is not named.
@@ -145,6 +148,7 @@ class Beside:
             reach,
             wanted.motion,
             tuple(name for name, is_rain in zip(satellite, wanted.rain, strict=True) if is_rain),
+            wanted.ages,
         )
 
     @property
@@ -152,6 +156,12 @@ class Beside:
         """Which of the groups make each source, as their numbers."""
         bands = range(len(self.satellite))
         return [bands] if len(self.images) == 1 else [bands[band : band + 1] for band in bands]
+
+
+def means_around(size: int, factor: int, reach: float) -> int:
+    """How many means over `factor` cells make surroundings, along an axis of a sample of so many cells."""
+    count = math.ceil(reach * size / factor)
+    return count + (count * factor - size) % 2 * (factor % 2)  # so that both have the same middle
 
 
 class Sides:
@@ -264,8 +274,7 @@ class Sides:
     def _wide(self, first: int, size: int) -> tuple[int, int]:
         """Along one axis: the first cell of the surroundings, and how many means they hold."""
         factor = self.beside.surroundings
-        count = math.ceil(self.beside.reach * size / factor)
-        count += (count * factor - size) % 2 * (factor % 2)  # so that both have the same middle
+        count = means_around(size, factor, self.beside.reach)
         return first - (count * factor - size) // 2, count
 
     @cached_property

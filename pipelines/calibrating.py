@@ -15,6 +15,7 @@ from pipelines.trained import Published
 
 MORE = 3  # times as many samples are drawn as for a validation, of which there are many
 PIXELS = 600  # of each sample and lead time
+ROUNDING = 1e-6  # share of a cost that is no gain
 TENTHS = 10  # bins of a reliability curve
 SHOWN = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # mm/h, thresholds whose reliability the card tells
 
@@ -23,8 +24,10 @@ SHOWN = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # mm/h, thresholds whose reliabili
 class Calibrated:
     """A calibration, judged on samples that it was not fitted on.
 
-    The earlier half of each cube's samples is judged by what was fitted on the later, and the other way
-    round. Only edges whose cost that lowers are calibrated, by what all samples say together.
+    Each cube's samples are judged by what was fitted on those of all others: what one radar network teaches
+    of probabilities need not hold on the next. Of a single cube the earlier half is judged by what was fitted
+    on the later, and the other way round. Only edges whose cost that lowers, by more than its standard error
+    from part to part, are calibrated, by what all samples say together.
     """
 
     calibration: Calibration
@@ -69,17 +72,19 @@ def calibrated(
         seed: of the choice of pixels.
     """
     weights, edges = tuple(class_weights or ()), network.bins.edges
-    halves = _halves(network, validation, weights, seed)
-    before = Exceedances.joined(halves)
+    parts = _parts(network, validation, weights, seed)
+    before = Exceedances.joined(parts)
     fitted_on = {"cubes": [samples.cube.path for samples in validation], "pixels": len(before.fell)}
-    if not all(len(half.fell) for half in halves):
+    if not all(len(part.fell) for part in parts):
         nothing = replace(identity(network.bins), class_weights=weights)
         none = (False,) * len(edges)
         return Calibrated(nothing, none, {}, [], fitted_on)
-    earlier, later = (Calibration.fitted(half) for half in halves)
-    after = Exceedances.joined([later.of(halves[0]), earlier.of(halves[1])])
-    kept = tuple((cost(after) < cost(before)).tolist())
-    after = Exceedances.joined([later.only(kept).of(halves[0]), earlier.only(kept).of(halves[1])])
+    others = [Exceedances.joined([*parts[:index], *parts[index + 1 :]]) for index in range(len(parts))]
+    judges = list(zip((Calibration.fitted(other) for other in others), parts, strict=True))
+    gains = torch.stack([1 - cost(judge.of(part)) / cost(part) for judge, part in judges])
+    unsure = gains.std(dim=0) / len(parts) ** 0.5
+    kept = tuple((gains.mean(dim=0) > unsure.clamp(min=ROUNDING)).tolist())
+    after = Exceedances.joined([judge.only(kept).of(part) for judge, part in judges])
     return Calibrated(
         calibration=Calibration.fitted(before, weights).only(kept),
         kept=kept,
@@ -89,37 +94,41 @@ def calibrated(
     )
 
 
-def _halves(
+def _parts(
     network: MetNet | Published, validation: Sequence[Samples], weights: tuple[float, ...], seed: int
-) -> tuple[Exceedances, Exceedances]:
-    """What the network says at some pixels of the earlier and of the later half of each cube's samples."""
+) -> list[Exceedances]:
+    """What the network says at some pixels of each cube, or, of a single one, of both halves of its time.
+
+    A cube in which nothing was observed is left out; two empty parts where no cube is left.
+    """
     generator = torch.Generator().manual_seed(seed)
     none = Exceedances(torch.zeros(0, len(network.bins.edges)), torch.zeros(0), torch.zeros(0).long())
-    halves = [none], [none]
+    halves = [([none], [none]) for _ in validation]
     training = network.training
     network.eval()
     count = sum(MORE * len(samples) for samples in validation)
-    for half, batch in track(_drawn(validation), "calibrating", total=count):
+    for cube, half, batch in track(_drawn(validation), "calibrating", total=count):
         assert batch.target is not None
         target = network.middle(batch.target) if isinstance(network, Published) else batch.target
         with torch.inference_mode():
             forecast = unweighted(network(batch), weights)
-        halves[half].append(exceedances(forecast, batch.lead_time, target, PIXELS, generator))
+        halves[cube][half].append(exceedances(forecast, batch.lead_time, target, PIXELS, generator))
     network.train(training)
-    earlier, later = (Exceedances.joined(half) for half in halves)
-    return earlier, later
+    parts = [[Exceedances.joined(half) for half in both] for both in halves]
+    there = [both for both in parts if any(len(half.fell) for half in both)] or [[none, none]]
+    return there[0] if len(there) == 1 else [Exceedances.joined(both) for both in there]
 
 
-def _drawn(validation: Sequence[Samples]) -> Iterator[tuple[int, Batch]]:
-    """Samples of each cube in the order of their times; with each, whether it is of the later half."""
-    for few in validation:
+def _drawn(validation: Sequence[Samples]) -> Iterator[tuple[int, int, Batch]]:
+    """Samples of each cube in the order of their times; with each, which cube, and whether the later half."""
+    for cube, few in enumerate(validation):
         samples = Samples(
             few.cube, few.inits, few.span, few.crop, MORE * len(few), few.seed, beside=few.sides.beside
         )
         batches = [samples[index] for index in range(len(samples))]
         batches.sort(key=lambda batch: int(batch.init_time[0]))
         for index, batch in enumerate(batches):
-            yield int(2 * index >= len(batches)), batch
+            yield cube, int(2 * index >= len(batches)), batch
 
 
 def _reliability(edges: Sequence[float], before: Exceedances, after: Exceedances) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder; one that is damaged is passed over with a warning."""
-    for _, path in sorted(_all(folder), reverse=True):
+    for _, path in sorted(all_of(folder), reverse=True):
         if _digest(path) == _promised(path):
             return path
         log.warning(
@@ -50,15 +50,15 @@ def file_away(unfinished: Path, step: int) -> Path:
     _to_disk(unfinished)
     unfinished.replace(path)
     _to_disk(folder)
-    before = sorted(entry for entry in _all(folder) if entry[0] < step)
+    before = sorted(entry for entry in all_of(folder) if entry[0] < step)
     kept = {path, *(older for _, older in before[len(before) - (KEPT - 1) :])}
-    for _, other in _all(folder):
+    for _, other in all_of(folder):
         if other not in kept:
             other.unlink()
     return path
 
 
-def _all(folder: Path) -> list[tuple[int, Path]]:
+def all_of(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints of a folder, each with its step."""
     return [(int(found[1]), path) for path in folder.glob("*.ckpt") if (found := NAME.fullmatch(path.name))]
 

@@ -37,13 +37,17 @@ class DropOut:
             if not 0 <= chance <= 1:
                 raise ValueError(f"drop_out.{field.name}={chance}: expected a probability, from 0 to 1")
 
-    def __call__(self, batch: Batch, random: Chance, factor: int = 1) -> Batch:
+    def __call__(self, batch: Batch, random: Chance, factor: int = 1, ages: bool = True) -> Batch:
         """A batch of one sample without what was drawn to fail; it needs a new motion then.
 
         Where the newest frames of a source are missing, they are so in one half of the samples; in the other,
         the newest that there is stands last, with its true age, as in a forecast from a source that is late.
 
-        `factor`: cells of the grid along a side of a cell of the surroundings.
+        Args:
+            batch: the sample, whole.
+            random: what to draw from.
+            factor: cells of the grid along a side of a cell of the surroundings.
+            ages: whether the network is told them; where not, nothing is moved, for it could not know.
         """
         gone = self._gone(_there(batch.radar), random)
         series = {"radar": _without(batch.radar, gone)}
@@ -52,11 +56,11 @@ class DropOut:
         if random.random() < self.sectors:
             series = _blinded(series, factor, random)
         changed = {"age": batch.age, **series}
-        if gone[-1] and random.random() < 0.5:
+        if gone[-1] and random.random() < 0.5 and ages:
             changed = dict(zip(changed, _moved_up(batch.age, *series.values()), strict=True))
         if batch.satellite is not None and batch.satellite_age is not None:
             changed["satellite"], changed["satellite_age"] = self._each(
-                batch.satellite, batch.satellite_age, random
+                batch.satellite, batch.satellite_age, random, ages
             )
         for name in ("static", "surroundings"):
             field = getattr(batch, name)
@@ -64,19 +68,19 @@ class DropOut:
                 changed[name] = torch.full_like(field, torch.nan)
         return replace(batch, **changed)
 
-    def _each(self, images: Tensor, age: Tensor, random: Chance) -> tuple[Tensor, Tensor]:
+    def _each(self, images: Tensor, age: Tensor, random: Chance, ages: bool) -> tuple[Tensor, Tensor]:
         """Satellites and other radars (batch, image, band, y, x) after their failures, and their ages."""
         sources = zip(images.chunk(age.shape[2], dim=2), age.chunk(age.shape[2], dim=2), strict=True)
-        left, ages = zip(*(self._source(*source, random) for source in sources), strict=True)
-        return torch.cat(left, dim=2), torch.cat(ages, dim=2)
+        left, each = zip(*(self._source(*source, random, ages) for source in sources), strict=True)
+        return torch.cat(left, dim=2), torch.cat(each, dim=2)
 
-    def _source(self, images: Tensor, age: Tensor, random: Chance) -> tuple[Tensor, Tensor]:
+    def _source(self, images: Tensor, age: Tensor, random: Chance, ages: bool) -> tuple[Tensor, Tensor]:
         """The bands of one source, with ages (batch, image, 1), after its failures."""
         there = _there(images)
         if random.random() < self.late:
             count, held = len(there), len(there) - int(there.argmax())
             images = _without(images, np.arange(count) >= count - random.integers(1, held, endpoint=True))
-            if random.random() < 0.5:
+            if random.random() < 0.5 and ages:
                 age, images = _moved_up(age, images)
         if random.random() < self.sources:
             images = torch.full_like(images, torch.nan)

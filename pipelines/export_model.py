@@ -34,13 +34,14 @@ from metnet.cascade import Lags
 from metnet.local import pace
 from metnet.model import MetNet, Moving
 from metnet.rain import BinnedForecast
+from pipelines.beside import means_around
 from pipelines.cube import RADAR
 from pipelines.destination import untaken
 from pipelines.export import Exported
 from pipelines.export import export as export_data
 from pipelines.motion import FRAMES, motion
 from pipelines.observations import Observations
-from pipelines.past import past
+from pipelines.past import RADAR_ALONE, past
 from pipelines.plain import rain_cube
 from pipelines.pretrained import run_folder
 from pipelines.trained import CARD, TrainedModel, trained
@@ -151,7 +152,7 @@ def write_graph(
         )
     made.warn_of_unlearned(lead_times)
     real = _real(cube, made, _window(cube, size), lead_times)
-    made_up = _made_up(_network(made), real)
+    made_up = _made_up(made, real)
     samples = {
         "made up": made_up,
         "made up, a frame missing": _without(made_up, -2),
@@ -419,10 +420,10 @@ def _real(
     radar = whole.radar[..., y : y + rows, x : x + columns].contiguous()
     flow = motion(radar[0, -FRAMES:].numpy(), whole.age[0, -FRAMES:].tolist())
     seen = replace(whole, radar=radar, motion=torch.from_numpy(np.ascontiguousarray(flow))[None])
-    return _with_other_sources(_network(made), seen)
+    return _with_other_sources(made, seen)
 
 
-def _made_up(network: MetNet, like: Batch) -> Batch:
+def _made_up(made: TrainedModel, like: Batch) -> Batch:
     """Rain of any strength on a third of the cells, a tenth of them not observed, that turns as it drifts."""
     random = torch.Generator().manual_seed(0)
     strength = torch.randn(like.radar.shape, generator=random).exp() * 2
@@ -431,7 +432,7 @@ def _made_up(network: MetNet, like: Batch) -> Batch:
     rows, columns = radar.shape[2:]
     down, right = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
     turning = torch.stack([0.4 - 0.5 * down, 0.5 * right])[None]
-    return _with_other_sources(network, replace(like, radar=radar, motion=turning))
+    return _with_other_sources(made, replace(like, radar=radar, motion=turning))
 
 
 def _without(batch: Batch, frame: int) -> Batch:
@@ -450,7 +451,7 @@ def _newest_alone(batch: Batch) -> Batch:
     return replace(batch, radar=radar, motion=still)
 
 
-def _with_other_sources(network: MetNet, batch: Batch) -> Batch:
+def _with_other_sources(made: TrainedModel, batch: Batch) -> Batch:
     """The batch with made-up fields of all that the network sees beside rain."""
     random = torch.Generator().manual_seed(1)
     rows, columns = batch.radar.shape[2:]
@@ -460,6 +461,7 @@ def _with_other_sources(network: MetNet, batch: Batch) -> Batch:
         noise = torch.randn(shape, generator=random)
         return noise * scaling.spread[:, None, None] + scaling.centre[:, None, None]
 
+    network = _network(made)
     sees = network.scaling
     more: dict[str, Tensor] = {}
     if sees.satellite is not None:
@@ -475,7 +477,8 @@ def _with_other_sources(network: MetNet, batch: Batch) -> Batch:
         )
         more["place"] = torch.stack([east, north])[None]
     if network.surroundings is not None:
-        sides = (2 * math.ceil(side / network.surroundings.factor) for side in (rows, columns))
+        factor, reach = network.surroundings.factor, float(made.card.get("reach", RADAR_ALONE.reach))
+        sides = (means_around(side, factor, reach) for side in (rows, columns))
         more["surroundings"] = torch.randn(1, batch.radar.shape[1], *sides, generator=random).exp()
     return replace(batch, **more)
 

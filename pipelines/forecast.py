@@ -240,11 +240,10 @@ def _past(
     if batch is None:
         late = f", nor does any up to {stalest:g} min before (stalest)" if stalest else ""
         raise _BlindError(f"{cube.path}: the frame of {header.init_time:{TEXT}} holds no observation{late}")
-    there = {
-        float(age) for age, frame in zip(batch.age[0], batch.radar[0], strict=True) if not frame.isnan().all()
-    }
-    ages = np.arange(float(batch.age[0, 0]), -1e-6, -_minutes(cube))
-    gone = [header.init_time - timedelta(minutes=age) for age in ages.tolist() if age not in there]
+    seconds = (60 * batch.age[0].double()).round().int().tolist()
+    there = {age for age, frame in zip(seconds, batch.radar[0], strict=True) if not frame.isnan().all()}
+    ages = range(seconds[0], -1, -round(cube.cadence.total_seconds()))
+    gone = [header.init_time - timedelta(seconds=age) for age in ages if age not in there]
     return batch, " ".join(f"{time:{TEXT}}" for time in gone)
 
 
@@ -384,7 +383,7 @@ def _facts(model: Forecaster, thresholds: Sequence[float], lead_times: Sequence[
         rate: tuple((offset, slope) for offset, slope in lines[:, edges.index(rate)].tolist())
         for rate in known
     }
-    return RunFacts(calibration)
+    return RunFacts(calibration, calibrated=True)
 
 
 def _check_same(store: ForecastStore, header: RunHeader) -> None:

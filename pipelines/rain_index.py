@@ -92,13 +92,18 @@ class RainIndex:
             return RainIndex, (self.windows, self.weights, self.frames)
         return RainIndex.load, (self.windows, self.path, self.frames)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was observed in any frame."""
+        return not self._cumulated[-1] > 0
+
     def draw(self, random: np.random.Generator) -> tuple[int, int, int]:
         """Which of the frames, and the first row and column of a window in it, each as likely as its weight.
 
         Raises:
             ValueError: if nothing was observed in any frame.
         """
-        if not self._cumulated[-1] > 0:
+        if self.empty:
             raise ValueError("no frame of the cube has an observed pixel: there is nothing to learn from")
         chance = random.random() * self._cumulated[-1]
         frame = _found(self._cumulated, chance)

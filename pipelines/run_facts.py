@@ -15,14 +15,18 @@ Line = tuple[float, float]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """How a run was calibrated and how old its newest frame was; empty and 0 where nothing is said."""
+    """Whether and how a run was calibrated, and how old its newest frame was; nothing where nothing is said.
+
+    A run may be calibrated and tell no line, where none of its thresholds is an edge between the classes.
+    """
 
     calibration: Mapping[float, tuple[Line, ...]] = field(default_factory=dict)  # by mm/h: of each lead time
     input_age: timedelta = timedelta(0)
+    calibrated: bool = False
 
     def attributes(self) -> dict[str, str]:
         """As a run keeps them."""
-        told = {CALIBRATED: "true" if self.calibration else "false"}
+        told = {CALIBRATED: "true" if self.calibrated else "false"}
         if self.calibration:
             told[CALIBRATION] = json.dumps({f"{rate:g}": lines for rate, lines in self.calibration.items()})
         return told
@@ -48,4 +52,4 @@ class RunFacts:
                 f"run {header.name}: {CALIBRATION} tells of another number of lead times than its {count}; "
                 "make the run again"
             )
-        return cls(calibration, age)
+        return cls(calibration, age, attributes.get(CALIBRATED, "false") == "true")

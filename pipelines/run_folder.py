@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipelines.checkpoints import FOLDER, newest
+from pipelines.checkpoints import FOLDER, all_of, newest
 from pipelines.trained import CARD, read_card
 
 CONFIG = "config.json"
@@ -90,7 +90,7 @@ def finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
 
 def has_learned(folder: Path) -> bool:
     """Whether a training left anything in a run folder that another one could go on from."""
-    return any((folder / FOLDER).glob("*.ckpt")) or (folder / CARD).is_file()
+    return bool(all_of(folder / FOLDER)) or (folder / CARD).is_file()
 
 
 def _differing(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -121,19 +121,22 @@ def settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def begin(
-    folder: Path, config: Mapping[str, Any], snapshots: list[str], begun: Mapping[str, Any] | None
+    folder: Path, config: Mapping[str, Any], snapshots: Mapping[str, str], begun: Mapping[str, Any] | None
 ) -> None:
-    """Writes down what the run was started with; warns if a cube that it learned from has changed since."""
+    """Writes down what the run is started with: settings, snapshots of its cubes by path, weights."""
     if helps():
         return
-    started = folder / CONFIG
-    if started.is_file() and has_learned(folder):
-        before = json.loads(started.read_text())["cube_snapshots"]
-        for old, new in zip(before, snapshots, strict=True):
-            if old != new:
-                log.warning("%s goes on with a cube that has changed: snapshot %s, then %s", folder, old, new)
     told = {"config": config, "cube_snapshots": snapshots, "weights": begun}
-    replace_file(started, json.dumps(told, indent=2).encode())
+    replace_file(folder / CONFIG, json.dumps(told, indent=2).encode())
+
+
+def begun_snapshots(folder: Path) -> Mapping[str, str]:
+    """By path, the snapshots of the cubes of the training that this one goes on with, or helps."""
+    started = folder / CONFIG
+    if not started.is_file() or not (helps() or has_learned(folder)):
+        return {}
+    told = json.loads(started.read_text())["cube_snapshots"]
+    return told if isinstance(told, dict) else {}  # a list, before version 0.1 told those of validation too
 
 
 def begun_with(folder: Path) -> Mapping[str, Any] | None:

@@ -19,11 +19,11 @@ from pipelines.augmentation import AS_OBSERVED, NOTHING_CHANGED, SIDE, Augmentat
 from pipelines.beside import Beside, Sides, check_sources
 from pipelines.drop_out import DropOut
 from pipelines.grid import Grid
-from pipelines.motion import FRAMES, motion
 from pipelines.observations import Observations
 from pipelines.past import RADAR_ALONE, cut
 from pipelines.rain_index import RainIndex
 from pipelines.sample_store import SampleStore
+from pipelines.trained import with_motion
 
 ENDLESS = 2**62  # samples: as many as anybody draws
 SMALLEST_CROP = 8  # cells
@@ -196,12 +196,12 @@ class Samples(Dataset[Batch]):
         Raises:
             IndexError: beyond the count.
         """
-        drawn = self._drawn(index)
+        drawn, beside = self._drawn(index), self.sides.beside
         sample = drawn.change(self._read(drawn), self._rain_bands)
         if self.augment:
             sample = _turned(sample, drawn.random)
-        sample = self.drop_out(sample, drawn.random, self.sides.beside.surroundings)
-        return _with_motion(sample) if self.sides.beside.motion else sample
+        sample = self.drop_out(sample, drawn.random, beside.surroundings, beside.ages)
+        return with_motion(sample) if beside.motion else sample
 
     def told(self, index: int) -> str:
         """Where and when sample number `index` is."""
@@ -443,12 +443,6 @@ def _turned(sample: Batch, random: np.random.Generator) -> Batch:
         sample,
         **{name: (value.flip(-1) if mirrored else value).contiguous() for name, value in turned.items()},
     )
-
-
-def _with_motion(sample: Batch) -> Batch:
-    """The sample with the motion of the frames that are left."""
-    newest, ages = sample.radar[0, -FRAMES:].numpy(), sample.age[0, -FRAMES:].tolist()
-    return replace(sample, motion=torch.from_numpy(motion(newest, ages))[None])
 
 
 def _alone_on_its_core(worker: int) -> None:

@@ -51,10 +51,22 @@ class Sampling:
             drop_out=self.drop_out,
             augmentation=self.augmentation,
         )
+        if learned.index.empty:
+            raise ValueError(
+                f"{cube.path}: nothing was observed at any of the {len(parts.training)} init times to learn "
+                "from; leave the cube out, or choose others by start= and end="
+            )
         for name, reason in learned.leeway.refused.items():
             log.info("%s: its samples are without augmentation.%s: %s", cube.path, name, reason)
         if len(parts.validation):
-            return learned, self._validating(cube, parts.validation, span)
+            kept = self._validating(cube, parts.validation, span)
+            if not kept.index.empty:
+                return learned, kept
+            log.warning(
+                "%s is not validated on: nothing was observed in the frames at its end that are kept for it",
+                cube.path,
+            )
+            return learned, None
         if share:
             log.warning(
                 "%s has %d frames: too few to keep some for validation, all are trained on",
@@ -66,7 +78,10 @@ class Sampling:
     def event(self, cube: Observations) -> Samples:
         """A whole cube to validate on."""
         span = self._span(cube)
-        return self._validating(cube, split(cube.observed, span, 0.0).training, span)
+        kept = self._validating(cube, split(cube.observed, span, 0.0).training, span)
+        if kept.index.empty:
+            raise ValueError(f"{cube.path}: nothing was observed that could be validated on; leave it out")
+        return kept
 
     def _validating(self, cube: Observations, inits: NDArray[np.int64], span: Span) -> Samples:
         """Always the same samples, as they are."""

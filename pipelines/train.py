@@ -6,12 +6,14 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from icechunk import IcechunkError
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.strategies import Strategy
@@ -28,6 +30,7 @@ from pipelines.beginning import Fitting, fingerprint, fit_start, keep_prior, tak
 from pipelines.beside import Beside
 from pipelines.calibrating import Calibrated, calibrated
 from pipelines.checkpoints import FOLDER, Checkpoints, StoppedError, newest
+from pipelines.cube import Cube
 from pipelines.drop_out import DropOut
 from pipelines.observations import Observations
 from pipelines.plain import rain_cube
@@ -36,6 +39,7 @@ from pipelines.run_folder import (
     alone_in,
     begin,
     begun_precision,
+    begun_snapshots,
     begun_with,
     finished,
     helps,
@@ -161,7 +165,9 @@ def train(
     trainer, config = decided(trainer, config, begun_precision(folder))
     if (before := finished(folder, config)) is not None:
         return before
-    learned, kept = _opened([cube] if isinstance(cube, str) else cube, crop), _opened(validation_cubes, crop)
+    then = begun_snapshots(folder)
+    learned = _opened([cube] if isinstance(cube, str) else cube, crop, then)
+    kept = _opened(validation_cubes, crop, then)
     if not learned:
         raise ValueError("cube=[]: expected at least one to learn from")
     seed_everything(seed, verbose=False)
@@ -188,12 +194,14 @@ def train(
         validation_samples=validation_samples,
     )
     training, validating = samples_of(sampling, learned, kept, validation, start, end)
+    leads = sorted({lead for each in training for lead in each.lead_times})
+    _say_unlearned(lead_times, leads)
     if (planes := getattr(network, "planes", None)) is not None:
-        planes.check(sorted({lead for each in (*training, *validating) for lead in each.lead_times}))
+        planes.check(leads)
     data = RadarData(Mixed(training, batch_size, seed), validating, workers)
     if begun is not None:
         warn_of_seen(begun, [each.cube for each in validating])
-    snapshots = [opened.snapshot for opened in learned]
+    snapshots = {opened.path: opened.snapshot for opened in (*learned, *kept)}
     with alone_in(folder):
         begin(folder, config, snapshots, begun)
         if begun is None:
@@ -201,7 +209,14 @@ def train(
             _say_refused(wide, training)
             around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
             fitting = Fitting(prior_samples, prior_steps, local_steps)
-            fit_start(network, around, folder, fitting, seed, fingerprint(config, snapshots))
+            fit_start(
+                network,
+                around,
+                folder,
+                fitting,
+                seed,
+                fingerprint(config, [*snapshots.values()]),
+            )
         elif resumed is None and not helps():
             keep_prior(network, folder)
         task = Task(network, Learning(learning_rate), habits, data, lead_times)
@@ -213,8 +228,16 @@ def train(
         network.load_state_dict(fitted.weights)
         calibration = _calibrated(network, data.validation)
         return _finish(
-            folder, config, learned, kept, crop, lead_times, beside, network, task, fitted, calibration, begun
+            folder, config, learned, kept, crop, leads, beside, network, task, fitted, calibration, begun
         )
+
+
+def _say_unlearned(asked: Sequence[float], learned: Sequence[float]) -> None:
+    """Says which of the lead times that are asked for no cube teaches."""
+    none = [lead for lead in asked if not any(math.isclose(lead, other, abs_tol=1e-3) for other in learned)]
+    if none:
+        told = ", ".join(f"{lead:g}" for lead in none)
+        log.info("no cube is of a cadence, and long enough, to learn from at lead times of %s min", told)
 
 
 def _say_refused(wide: Sequence[Samples], training: Sequence[Samples]) -> None:
@@ -264,9 +287,31 @@ def _check_learning(seed: int, learning_rate: float, on_nonfinite: str) -> None:
         raise ValueError(f"on_nonfinite={on_nonfinite}: expected stop or skip")
 
 
-def _opened(paths: Sequence[str], crop: int) -> list[Observations]:
-    """The cubes at these places, each as quick to cut crops from as it can be."""
-    return [stored(rain_cube(path), crop) for path in paths]
+def _opened(paths: Sequence[str], crop: int, then: Mapping[str, str]) -> list[Observations]:
+    """The cubes at these places, as they were `then`, each as quick to cut crops from as it can be."""
+    return [stored(_as_then(rain_cube(path), then.get(path)), crop) for path in paths]
+
+
+def _as_then(cube: Observations, snapshot: str | None) -> Observations:
+    """The cube as it was when the training began that is gone on with: as long, and with the same samples.
+
+    Else the scores of before would be of other samples, and the training no longer the same.
+    """
+    if snapshot is None or snapshot == cube.snapshot:
+        return cube
+    if isinstance(cube, Cube):
+        with suppress(ValueError, IcechunkError):
+            then = Cube(cube.path, snapshot, cube.group)
+            log.info("%s has changed since: going on with it as it was, at snapshot %s", cube.path, snapshot)
+            return then
+    log.warning(
+        "%s has changed since this training began, and what it was is gone: scores of before are of other "
+        "samples; snapshot %s, then %s",
+        cube.path,
+        snapshot,
+        cube.snapshot,
+    )
+    return cube
 
 
 def by_head() -> None:
@@ -391,7 +436,7 @@ def _finish(
         "scaling": network.scaling.card() if isinstance(network, MetNet) else None,
         "frames": network.frames,
         "cadence_minutes": sorted({cube.cadence.total_seconds() / 60 for cube in learned}),
-        "lead_times": [float(lead) for lead in lead_times],
+        "lead_times": lead_times,
         "crop": crop,
         "satellite": beside.satellite,
         "static": beside.static,

@@ -43,7 +43,9 @@ class Validation:
 
     def __init__(self, lead_times: Sequence[float]):
         """`lead_times` in minutes; those of a batch must be among them."""
-        self.lead_times = tuple(sorted(float(lead) for lead in lead_times))
+        self.lead_times = tuple(
+            sorted(torch.tensor(list(lead_times), dtype=torch.float32).tolist())
+        )  # as batches
         self.sums: dict[str, list[Tensor]] = {}  # by forecaster, for each score (lead, part)
         self.fixed: set[str] = set()  # forecasters whose sums are complete
 

@@ -83,6 +83,12 @@ def verify(
     """
     folder("report", report)
     check_names(scores)
+    for score in scores:
+        if getattr(score, "fair", False):
+            raise ValueError(
+                f"scores: {score.name}: a store keeps no members, for whose number it could be corrected; "
+                "expected fair=false"
+            )
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1")
     if reference not in baselines:

@@ -78,9 +78,11 @@ class Steps:
         gap: float,
         cell_size: float,
     ) -> torch.Tensor | None:
-        """The members (mm/h) without gaps; None if the frames tell no change (a singular AR model)."""
+        """The members (mm/h) without gaps; None if frames tell no change (flat, or a singular AR model)."""
         decibel = 10 * np.log10(np.maximum(np.nan_to_num(radar.numpy().astype(np.float64)), WET))
         decibel[~(radar.numpy() >= WET)] = DRY_DECIBEL
+        if (np.ptp(decibel, axis=(1, 2)) == 0).any():
+            return None
         try:
             with redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -85,6 +85,15 @@ def test_what_is_too_sure_or_too_wet_becomes_reliable_on_other_data(sureness, bi
     torch.testing.assert_close(line[..., 0], torch.full((3, 3), -bias / sureness), atol=0.12, rtol=0)
 
 
+@pytest.mark.parametrize(("sureness", "bias"), [(2.0, 0.0), (1 / 1.2, 0.0), (1.0, 0.1)])
+def test_of_a_million_pixels_it_believes_fifty(sureness, bias):
+    raw = Exceedances.joined([some(*a_world(seed, sureness, bias)) for seed in range(10)])
+    assert len(raw.fell) == 960_000
+    as_it_is, believed, best = (cost(raw), cost(Calibration.fitted(raw).of(raw)), cost(fitted(raw).of(raw)))
+    assert (believed < as_it_is).all()
+    assert (as_it_is - believed).sum() > 0.3 * (as_it_is - best).sum()
+
+
 def test_each_lead_time_has_its_own_line():
     sure, forecast_target = a_world(0, 1.0), a_world(0, 3.0)
     mixed = torch.cat([sure[0].probability[:, :2], forecast_target[0].probability[:, 2:]], dim=1)

@@ -199,6 +199,12 @@ def test_steps_goes_on_with_the_two_newest_frames_or_with_one():
     assert torch.equal(one[0], radar[2][None]) and torch.equal(one[1], radar[2][None])  # no motion is known
 
 
+def test_steps_of_rain_alike_everywhere_is_the_extrapolation():
+    radar = drifting(2, 1, 3, size=64)
+    radar[2] = 3.0
+    assert (Steps(members=2)(batch(radar, [10.0])).members[0] - 3.0).abs().nan_to_num().max() < 1e-5
+
+
 def test_steps_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pysteps.nowcasts", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"pip install 'metnet-nowcast\[verify\]'"):

@@ -215,11 +215,18 @@ def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [*((key, 0) for key in ("runs", "side", "members", "resamples")), ("widened", "nowhere")],
+    [*((key, 0) for key in ("runs", "side", "members", "resamples")), ("widened", "nowhere"), ("members", 1)],
 )
 def test_a_wrong_argument_is_refused_before_any_training(tmp_path, key, value):
-    with pytest.raises(ValueError, match=f"^{key}={value}: .*expected"):
+    with pytest.raises(ValueError, match=f"^{key}={value}: .*(expected|at least 2)"):
         bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), **{key: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_cubes_to_validate_on_are_refused_for_they_may_be_left_out(tmp_path):
+    config = {"training": {"validation_cubes": ["cubes/one"]}}
+    with pytest.raises(ValueError, match=r"^training.validation_cubes=\['cubes/one'\]: expected none"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), config=config)
     assert not (tmp_path / "out").exists()
 
 

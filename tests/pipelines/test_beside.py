@@ -64,10 +64,14 @@ def test_a_network_says_what_it_was_made_to_see():
     one = MetNet1(
         side=64, target=4, frames=3, satellite=goes, first=8, channels=8, memory=8, width=16, heads=2
     )
-    assert Beside.of(one, "ab", ["elevation"]) == Beside(("a", "b"), (3,), ("elevation",), True, motion=False)
+    assert Beside.of(one, "ab", ["elevation"]) == Beside(
+        ("a", "b"), (3,), ("elevation",), True, motion=False, ages=False
+    )
     two = MetNet2(side=64, target=16, frames=3, satellite=goes, satellite_frames=2, told=8, memory=8, width=8,
                   blocks=(1, 1), fine_width=8, dense=8)  # fmt: skip
-    assert Beside.of(two, "ab", ["elevation"]) == Beside(("a", "b"), (2,), ("elevation",), True, motion=False)
+    assert Beside.of(two, "ab", ["elevation"]) == Beside(
+        ("a", "b"), (2,), ("elevation",), True, motion=False, ages=False
+    )
     assert Beside.of(Persistence()) == Beside(motion=False)
     with pytest.raises(ValueError, match=r"satellite=\['a'\]: this network was made to see 2"):
         Beside.of(network, ["a"], ["elevation"])

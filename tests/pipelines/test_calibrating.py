@@ -73,8 +73,24 @@ def test_no_sample_is_judged_by_what_was_fitted_on_it(samples, monkeypatch):
     calibrated(network(1.0), [samples])
     (first, one), (second, other), (_, together) = fitted
     assert len(together.fell) == len(one.fell) + len(other.fell)
-    by_whom = {id(said): self for self, said in judged[:2]}
-    assert by_whom == {id(one): second, id(other): first}
+    assert [self for self, _ in judged[:2]] == [first, second]
+    assert all(said.fell.equal(of.fell) for (_, said), of in zip(judged[:2], (other, one), strict=True))
+
+
+def test_each_cube_is_judged_by_what_the_others_teach(samples, monkeypatch):
+    """Else what holds on one radar network alone would be done on all."""
+    fitted = []
+    fit = Calibration.fitted.__func__
+
+    def fitting(cls, said, weights=()):
+        fitted.append(len(said.fell))
+        return fit(cls, said, weights)
+
+    monkeypatch.setattr(Calibration, "fitted", classmethod(fitting))
+    fewer = Samples(samples.cube, samples.inits, samples.span, 24, 2, seed=1)
+    calibrated(network(1.0), [samples, samples, fewer])
+    one, other, third, together = fitted
+    assert one + other + third == 2 * together and third > one
 
 
 def test_the_halves_are_earlier_and_later_samples(samples):

@@ -40,8 +40,15 @@ def two_sources():
     return replace(batch, satellite_age=torch.tensor([[[30.0, 20.0], [15.0, 10.0], [0.0, 0.0]]]))
 
 
-def dropped(drop_out, number, batch=None):
-    return drop_out(sample() if batch is None else batch, np.random.default_rng((5, number)), FACTOR)
+def dropped(drop_out, number, batch=None, ages=True):
+    return drop_out(sample() if batch is None else batch, np.random.default_rng((5, number)), FACTOR, ages)
+
+
+def test_nothing_is_moved_up_for_a_network_that_is_told_no_ages():
+    for number in range(20):
+        kept, before = dropped(DropOut(late=1.0), number, ages=False), sample()
+        assert torch.equal(kept.age, before.age) and torch.equal(kept.satellite_age, before.satellite_age)
+        assert kept.radar[:, -1].isnan().all() and kept.satellite[:, -1].isnan().all()
 
 
 def gone(field):

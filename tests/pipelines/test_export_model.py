@@ -20,6 +20,7 @@ from metnet.lead_time import LeadTimePlanes
 from metnet.model import MetNet
 from metnet.rain import RainBins
 from pipelines import export_model
+from pipelines.beside import Beside, Sides
 from pipelines.cf import RAINFALL_RATE
 from pipelines.construct import construct
 from pipelines.cube import Cube
@@ -128,6 +129,16 @@ EVERYTHING = {
     "position": True,
     "surroundings": 2,
 }
+
+
+def test_the_surroundings_of_a_graph_are_as_wide_as_those_that_were_learned_from(cube):
+    model = made(small(surroundings=2), cube)
+    model = replace(model, card={**model.card, "reach": 4.0})
+    shown = export_model._real(rain_cube(str(cube)), model, (0, 0, ROWS, COLUMNS), (5.0, 15.0)).surroundings
+    beside = Beside.of(model.network, reach=4.0)
+    opened = rain_cube(str(cube))
+    learned = Sides(opened, beside)._surroundings(opened.times[-1], FRAMES, (0, 0, ROWS, COLUMNS))
+    assert shown.shape[1:] == learned.shape
 
 
 SEVERAL = {"satellite": ["rain", [250.0, 25.0]], "satellite_frames": [3, 2], "advection": False}

@@ -471,6 +471,25 @@ def test_a_calibrated_run_says_so_and_how_to_undo_it(cube, store, tmp_path):
         forecast(cube, calibrated_network(), store, thresholds=[0.1, 0.5, 1.0], calibrated=False)
 
 
+def test_a_calibrated_run_says_so_where_no_threshold_is_an_edge_too(cube, store):
+    forecast(cube, calibrated_network(), store, thresholds=[0.25])
+    header, _ = newest(store)
+    assert header.attributes["calibrated"] == "true" and not RunFacts.of(header).calibration
+    with pytest.raises(ValueError, match="calibrated=true and not false"):
+        forecast(cube, calibrated_network(), store, thresholds=[0.25], calibrated=False)
+
+
+def test_no_frame_is_missed_at_a_cadence_of_no_whole_tenths_of_a_minute(tmp_path, store):
+    every = timedelta(seconds=100)
+    frames = [
+        replace(frame(i, np.full((4, 5), i)), valid_time=START + i * every, cadence=every) for i in range(8)
+    ]
+    Cube.open_or_create(str(tmp_path / "cube"), grid(), RAINFALL_RATE, START, every).write(frames)
+    forecast(str(tmp_path / "cube"), Extrapolation(), store, lead_times=[5])
+    attributes = newest(store)[0].attributes
+    assert (attributes["degraded"], attributes["inputs_missing"]) == ("false", "none")
+
+
 def test_a_network_that_sees_place_and_surroundings_is_shown_them(cube, store):
     torch.manual_seed(0)
     net = MetNet(

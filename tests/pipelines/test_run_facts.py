@@ -8,7 +8,7 @@ from pipelines.grid import Grid
 from pipelines.run_facts import RunFacts
 from pipelines.runs import RunHeader
 
-FACTS = RunFacts({0.1: ((0.5, 1.5), (0.0, 1.0))}, timedelta(minutes=10))
+FACTS = RunFacts({0.1: ((0.5, 1.5), (0.0, 1.0))}, timedelta(minutes=10), True)
 
 
 def header(attributes):

@@ -16,6 +16,7 @@ from pipelines.plain import rain_cube
 from pipelines.sample_store import stored
 from pipelines.samples import Mixed, Samples, Span, check_apart, collate, loader, split
 from pipelines.sources.simulated import Simulated
+from pipelines.trained import with_motion
 from tests.pipelines.fields import Field, showers, telling
 from tests.pipelines.training import FIVE, START
 
@@ -305,6 +306,15 @@ def test_what_is_dropped_is_not_in_the_motion_either_and_the_target_stays():
     assert 15 < less <= 30
     again = Samples(cube, np.arange(5, 12), SPAN, crop=32, seed=2, drop_out=DropOut(0.3, 0.3, 0.3, 0.3))
     assert all(torch.equal(again[i].radar.nan_to_num(-1), holed[i].radar.nan_to_num(-1)) for i in range(30))
+
+
+def test_the_motion_is_that_of_the_newest_frames_that_are_there_as_in_a_forecast():
+    span = Span(frames=8, leads=(1,))
+    holed = Samples(showers(), np.arange(8, 12), span, crop=32, count=20, drop_out=DropOut(0.5, 0.0, 0.5))
+    for sample in holed:
+        forecast_with = with_motion(replace(sample, motion=None)).motion
+        assert torch.equal(sample.motion, forecast_with)
+        assert (~sample.radar.isnan()).flatten(2).any(dim=2).sum() < 2 or sample.motion.any()
 
 
 def test_a_network_forecasts_from_whatever_is_left():

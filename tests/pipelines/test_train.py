@@ -131,6 +131,60 @@ def test_a_killed_run_goes_on_to_the_same_weights(cube, run, tmp_path, monkeypat
         assert torch.equal(weight, expected[name]), name
 
 
+def test_a_killed_run_goes_on_with_the_frames_it_began_with(cube, run, tmp_path, monkeypatch):
+    """More may have come since, and would be other samples, and scores of others."""
+    grows = str(shutil.copytree(cube, tmp_path / "cube"))
+    step = Task.training_step
+
+    def stopped(self, batch, batch_idx):
+        if self.global_step == 5:
+            raise TimeoutError
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Task, "training_step", stopped)
+    with pytest.raises(TimeoutError):
+        trained_on(grows, tmp_path / "run", steps=6)
+    monkeypatch.undo()
+    began_with = Cube.open(grows).snapshot
+    made_cube(grows, drifting(60))
+    assert Cube.open(grows).snapshot != began_with
+
+    trained_on(grows, tmp_path / "run", steps=6)
+    expected = weights_of(run)
+    for name, weight in weights_of(tmp_path / "run").items():
+        assert torch.equal(weight, expected[name]), name
+    card = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert [told["snapshot"] for told in card["cubes"]] == [began_with]
+
+
+def test_what_only_an_unfinished_checkpoint_is_left_of_may_be_begun_anew(cube, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "unfinished.ckpt").write_bytes(b"half of it")
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"learning_rate": 7}, "cube_snapshots": {}}))
+    assert trained_on(cube, tmp_path, steps=2).steps == 2
+
+
+def test_a_radar_that_is_dead_at_the_end_is_not_validated_on_and_named(tmp_path, caplog):
+    fields = [rain if i < 24 else np.full_like(rain, np.nan) for i, rain in enumerate(drifting(36))]
+    dead = made_cube(tmp_path / "dead", fields)
+    with caplog.at_level("WARNING"):
+        assert trained_on(dead, tmp_path / "run", steps=2).validation == {}
+    assert f"{dead} is not validated on: nothing was observed" in caplog.text
+    blind = made_cube(tmp_path / "blind", [np.full_like(rain, np.nan) for rain in drifting(36)])
+    with pytest.raises(
+        ValueError, match=r"blind: nothing was observed at any of the \d+ init times to learn"
+    ):
+        trained_on([dead, blind], tmp_path / "both", steps=2)
+
+
+def test_the_card_tells_the_lead_times_that_were_learned(tmp_path, caplog):
+    short = [made_cube(tmp_path / name, drifting(12)) for name in "ab"]
+    with caplog.at_level("INFO"):
+        trained_on(short, tmp_path / "run", steps=2, lead_times=[5, 10, 60])
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["lead_times"] == [5.0, 10.0]
+    assert "no cube is of a cadence, and long enough, to learn from at lead times of 60 min" in caplog.text
+
+
 def test_a_longer_limit_goes_on_with_a_finished_run(cube, tmp_path):
     trained_on(cube, tmp_path, steps=3)
     first = weights_of(tmp_path)

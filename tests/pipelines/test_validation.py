@@ -36,6 +36,13 @@ def test_batches_of_other_lead_times_add_up_to_the_scores_of_all_of_them():
     assert set(values) == set(NAMES) and len(NAMES) == len(SCORES)
 
 
+def test_lead_times_are_known_as_batches_have_them():
+    validation = Validation([5 / 3, 10 / 3])
+    validation.begin()
+    validation.add("forecast", *some(0), torch.tensor([5 / 3, 10 / 3]).tolist())
+    assert None not in validation.scored("forecast").values["crps"]
+
+
 def test_a_lead_time_without_an_observation_has_no_score():
     validation = Validation([5, 10])
     forecast, observed = some(0, lead=1)

@@ -218,7 +218,7 @@ def test_the_reliability_before_a_run_was_calibrated_is_told_beside_it(cube: Cub
     """The store of the plain run stands for what the network said; half of the runs are calibrated."""
     score = Reliability(1.0)
     shift, slope = 0.7, 1.5
-    facts = RunFacts(calibration={1.0: ((shift, slope),) * 3}).attributes()
+    facts = RunFacts({1.0: ((shift, slope),) * 3}, calibrated=True).attributes()
     said = forecast_into(tmp_path / "said", range(3, 6), says, facts=facts)
     forecast_into(tmp_path / "said", range(6, 9), says)
 
@@ -421,6 +421,11 @@ def test_a_file_in_place_of_the_report_is_refused_before_anything_is_opened(tmp_
     (tmp_path / "report").touch()
     with pytest.raises(ValueError, match=r"^report=.*: is a file; expected a folder"):
         verify("no cube", "no forecasts", str(tmp_path / "report"), [], {})
+
+
+def test_a_score_corrected_for_few_members_is_refused_for_a_store_keeps_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fair CRPS.*keeps no members.*expected fair=false"):
+        verify("no cube", "no forecasts", str(tmp_path / "report"), [Crps(fair=True)], {})
 
 
 def test_no_resamples_are_refused(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
