@@ -136,7 +136,7 @@ def begun_snapshots(folder: Path) -> Mapping[str, str]:
     if not started.is_file() or not (helps() or has_learned(folder)):
         return {}
     told = json.loads(started.read_text())["cube_snapshots"]
-    return told if isinstance(told, dict) else {}  # a list, before version 0.1 told those of validation too
+    return told if isinstance(told, dict) else {}  # older folders have a list
 
 
 def begun_with(folder: Path) -> Mapping[str, Any] | None:

@@ -209,14 +209,8 @@ def train(
             _say_refused(wide, training)
             around = RadarData(Mixed(wide, batch_size, seed), wide_kept)
             fitting = Fitting(prior_samples, prior_steps, local_steps)
-            fit_start(
-                network,
-                around,
-                folder,
-                fitting,
-                seed,
-                fingerprint(config, [*snapshots.values()]),
-            )
+            frames = fingerprint(config, [*snapshots.values()])
+            fit_start(network, around, folder, fitting, seed, frames)
         elif resumed is None and not helps():
             keep_prior(network, folder)
         task = Task(network, Learning(learning_rate), habits, data, lead_times)

@@ -71,7 +71,6 @@ def entropy(forecast):
         pytest.param({"advection": False}, cross_entropy, 5e-3, id="plain"),
         pytest.param({"advection": False, "lead_time": PLANES}, cross_entropy, 5e-3, id="input"),
         pytest.param({"advection": False, "head": Ordinal()}, ordinal, 7e-3, id="ordinal"),
-        pytest.param({"advection": True}, cross_entropy, 5e-3, id="advection"),
     ],
 )
 def test_four_samples_are_learned_by_heart(choice, loss, rate):

@@ -95,9 +95,8 @@ class Telling:
 
     def __init__(self, cadence, offset, late):
         self.cadence, self.snapshot = timedelta(minutes=cadence), "now"
-        self.times = [
-            START + timedelta(minutes=offset) + step * self.cadence for step in range(400 // cadence)
-        ]
+        long = 400 // cadence  # steps: further back than any image that is asked for
+        self.times = [START + timedelta(minutes=offset) + step * self.cadence for step in range(-long, long)]
         past = [time for time in self.times if time <= NOW]
         self.observed = np.array([time not in past[len(past) - late :] for time in self.times])
 

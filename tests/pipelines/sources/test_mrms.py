@@ -98,11 +98,11 @@ def test_a_real_file_reads_as_gdal_reads_it(real, frame_of_it):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_every_real_rain_rate_reads_as_gdal_reads_it(data):
+def test_every_fourth_real_rain_rate_reads_as_gdal_reads_it(data):
     source = Mrms(str(data / "mrms"))
     files = list(source.files(None, None))
     assert len(files) == 23
-    for file in files:
+    for file in files[::4]:
         frame = source.read(file)
         same_as_gdal(frame, Path(file.url), -3)
         assert frame.valid_time == file.valid_time
