@@ -28,7 +28,7 @@ from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines import destination
 from pipelines.baselines.extrapolation import Extrapolation
-from pipelines.baselines.steps import Steps
+from pipelines.baselines.steps import Steps, pysteps_nowcast
 from pipelines.events import cubes as event_cubes
 from pipelines.goals import BASELINES, Goal, goal_table, goals, neighbourhoods, tally
 from pipelines.observations import Observations
@@ -134,6 +134,7 @@ def bench_skill(
             "a training validates on the end of each event that it learns from"
         )
     steps = Steps(members)
+    pysteps_nowcast()  # or it would be found missing after the first training
     folder = destination.folder("out", out)
     if widened is not None and not (Path(widened) / CARD).is_file():
         raise ValueError(

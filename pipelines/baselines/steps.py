@@ -51,7 +51,7 @@ class Steps:
         Raises:
             ValueError: if pysteps is not installed.
         """
-        nowcast = _pysteps()
+        nowcast = pysteps_nowcast()
         samples = [self._sample(nowcast, batch, index) for index in range(len(batch.radar))]
         return EnsembleForecast(torch.stack(samples))
 
@@ -112,8 +112,12 @@ def _even(radar: torch.Tensor, age: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return radar[kept], age[kept]
 
 
-def _pysteps() -> Nowcast:
-    """The nowcast of pysteps, imported on first use: it is optional, slow to import and prints."""
+def pysteps_nowcast() -> Nowcast:
+    """The nowcast of pysteps, imported on first use: it is optional, slow to import and prints.
+
+    Raises:
+        ValueError: if pysteps is not installed.
+    """
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")

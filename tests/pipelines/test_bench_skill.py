@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -220,6 +221,13 @@ def test_a_file_in_place_of_the_folder_is_refused_before_any_work(tmp_path):
 def test_a_wrong_argument_is_refused_before_any_training(tmp_path, key, value):
     with pytest.raises(ValueError, match=f"^{key}={value}: .*(expected|at least 2)"):
         bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), **{key: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_to_be_installed_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pysteps.nowcasts", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"pip install 'metnet-nowcast\[verify\]'"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe())
     assert not (tmp_path / "out").exists()
 
 

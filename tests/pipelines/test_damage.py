@@ -35,7 +35,7 @@ def test_no_damaged_copy_enters_with_another_place_or_time(data, sample):
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", SAMPLES, ids=[sample.config for sample in SAMPLES])
 def test_no_damaged_copy_of_many_enters_with_another_place_or_time(data, sample):
-    check(sample, data, copies=15 * sample.weight if sample.weight > 1 else 6)
+    check(sample, data, copies=10 * sample.weight)
 
 
 def check(sample: Sample, data: Path, copies: int) -> None:

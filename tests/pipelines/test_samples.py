@@ -308,6 +308,13 @@ def test_what_is_dropped_is_not_in_the_motion_either_and_the_target_stays():
     assert all(torch.equal(again[i].radar.nan_to_num(-1), holed[i].radar.nan_to_num(-1)) for i in range(30))
 
 
+def test_samples_of_a_network_that_is_told_no_ages_end_at_the_init_time():
+    late = DropOut(late=1.0)
+    for ages in (True, False):
+        samples = Samples(showers(), np.arange(5, 12), SPAN, 32, 20, beside=Beside(ages=ages), drop_out=late)
+        assert all(sample.age[0, -1] == 0 for sample in samples) != ages
+
+
 def test_the_motion_is_that_of_the_newest_frames_that_are_there_as_in_a_forecast():
     span = Span(frames=8, leads=(1,))
     holed = Samples(showers(), np.arange(8, 12), span, crop=32, count=20, drop_out=DropOut(0.5, 0.0, 0.5))

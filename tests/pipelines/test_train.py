@@ -157,6 +157,15 @@ def test_a_killed_run_goes_on_with_the_frames_it_began_with(cube, run, tmp_path,
     assert [told["snapshot"] for told in card["cubes"]] == [began_with]
 
 
+def test_where_the_frames_it_began_with_are_gone_it_goes_on_with_a_warning(cube, tmp_path, caplog):
+    trained_on(cube, tmp_path, steps=3)
+    began = json.loads((tmp_path / "config.json").read_text())
+    began["cube_snapshots"] = {cube: "ZZZZZZZZZZZZZZZZZZZ0"}
+    (tmp_path / "config.json").write_text(json.dumps(began))
+    assert trained_on(cube, tmp_path, steps=6).steps == 6
+    assert f"{cube} has changed since this training began, and what it was is gone" in caplog.text
+
+
 def test_what_only_an_unfinished_checkpoint_is_left_of_may_be_begun_anew(cube, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "unfinished.ckpt").write_bytes(b"half of it")
