@@ -6,6 +6,8 @@ BIN := .venv/bin
 # A process of tests for each core, but no more than four: some of them take 2 GB
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses=4 --dist=worksteal
+# Slow tests take turns, a quarter each day; TURN=1/1 runs them all
+TURN ?= $(shell echo $$(($$(date +%s) / 86400 % 4 + 1)))/4
 INSTALLED := .venv/.installed
 
 .PHONY: demo test setup lint format bench constraints clean
@@ -14,8 +16,8 @@ demo: $(INSTALLED)
 	$(BIN)/metnet demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -m "not compile" $(PARALLEL) --jaxtyping-packages=metnet,beartype.beartype $(PYTEST)
-	$(BIN)/python -m pytest -m compile $(PARALLEL) $(PYTEST) || test $$? -eq 5
+	$(BIN)/python -m pytest -m "not compile" $(PARALLEL) --turn=$(TURN) --jaxtyping-packages=metnet,beartype.beartype $(PYTEST)
+	$(BIN)/python -m pytest -m compile $(PARALLEL) --turn=$(TURN) $(PYTEST) || test $$? -eq 5
 
 setup: $(INSTALLED)
 

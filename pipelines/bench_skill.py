@@ -133,6 +133,16 @@ def bench_skill(
             f"training.validation_cubes={chosen}: expected none, for what is left out may be among them; "
             "a training validates on the end of each event that it learns from"
         )
+    folds = [fold.split("+") for fold in (leave_out or list(events))]
+    unknown = sorted({name for fold in folds for name in fold} - set(events))
+    if unknown:
+        raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
+    named = [name for fold in folds for name in fold]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise ValueError(
+            f"leave_out: {', '.join(twice)} more than once; expected each event once, as its scores stand by "
+            "its name: measure the other way in a call of its own, with another out="
+        )
     steps = Steps(members)
     pysteps_nowcast()  # or it would be found missing after the first training
     folder = destination.folder("out", out)
@@ -140,10 +150,6 @@ def bench_skill(
         raise ValueError(
             f"widened={widened}: no {CARD} there; expected the run folder of a finished training"
         )
-    folds = [fold.split("+") for fold in (leave_out or list(events))]
-    unknown = sorted({name for fold in folds for name in fold} - set(events))
-    if unknown:
-        raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
     cubes = dict(zip(events, event_cubes(data, events, str(folder / "cubes")), strict=True))
     recipe = dict((config or {}).get("training", {}))
     told = []

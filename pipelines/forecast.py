@@ -15,6 +15,7 @@ import torch
 
 from metnet.batch import Batch
 from metnet.forecaster import Forecaster
+from metnet.model import MetNet
 from pipelines.beside import Beside
 from pipelines.export import export_run
 from pipelines.frame import parse_time
@@ -328,8 +329,7 @@ def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] |
     if isinstance(model, TrainedModel):
         _check_cadence(cube, model)
         model.warn_of_unlearned(wanted or ())
-        usual = [lead for lead in model.lead_times if not math.fmod(60 * lead, 60 * minutes)]
-        leads = tuple(float(lead) for lead in ((usual or model.lead_times) if wanted is None else wanted))
+        leads = tuple(float(lead) for lead in (_learned_leads(cube, model) if wanted is None else wanted))
     else:
         step = minutes * math.ceil(HORIZON / MOST_LEADS / minutes)
         count = max(1, int(HORIZON / step))
@@ -338,6 +338,20 @@ def _lead_times(cube: Observations, model: Forecaster, wanted: Sequence[float] |
     if leads and leads[-1] > LONGEST_LEAD:
         raise ValueError(f"lead_times={leads}: expected minutes up to {LONGEST_LEAD:g}")
     return leads
+
+
+def _learned_leads(cube: Observations, model: TrainedModel) -> Sequence[float]:
+    """Those a model learned that the cube can verify; of a cadence that few of them fit, each of its steps.
+
+    A network that is told the lead time as a number knows those between the ones that it learned.
+    """
+    minutes, learned = _minutes(cube), model.lead_times
+    fitting = [lead for lead in learned if not math.fmod(60 * lead, 60 * minutes)]
+    steps = [minutes * (step + 1) for step in range(int(max(learned) / minutes))]
+    told = isinstance(model.network, MetNet) and model.network.planes is None
+    if told and cube.cadence not in model.cadences and 2 * len(fitting) < len(steps):
+        return steps
+    return fitting or learned
 
 
 def _check_cadence(cube: Observations, model: TrainedModel) -> None:

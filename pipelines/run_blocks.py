@@ -1,11 +1,10 @@
 """What a forecaster says of one init time, as the `RunBlock`s of a run, in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from metnet.batch import Batch
@@ -13,8 +12,10 @@ from metnet.forecaster import Forecaster
 from metnet.rain import EnsembleForecast, RainForecast
 from pipelines.runs import RunBlock, RunHeader
 
-TILE = 512  # cells a side that a network forecasts at once; whole chunks of a forecast store
-HALO = 128  # cells around a tile that the network sees too
+WHOLE = 1_400_000  # cells; a grid of no more is forecast at once
+TILE = 1024  # cells a side of the tiles of a larger one; whole chunks of a forecast store, and of 16 cells
+HALO = 272  # cells around a tile that the network sees too: half a widest area of `metnet.cascade`, and 8
+LEADS_OF_CELLS = 8_000_000  # lead times times cells that a network forecasts at once
 CELLS_AT_ONCE = 1500 * 1500  # an ensemble of more is tabulated one lead time after the other, as it is stored
 RATES_AT_ONCE = 2**28  # of all lead times of a member in one call: 1 GiB
 
@@ -50,33 +51,60 @@ def whole(forecaster: Forecaster, batch: Batch, header: RunHeader) -> Iterator[R
 def tiled(forecaster: Forecaster, batch: Batch, header: RunHeader) -> Iterator[RunBlock]:
     """The blocks of a forecaster that needs to see no more than the surroundings: tile by tile.
 
-    A grid no larger than a tile is one block. Otherwise every tile is forecast with its surroundings,
-    which beyond the grid are unobserved. `batch` holds one sample; cells that it never observed are NaN.
+    A grid of no more than `WHOLE` cells is one tile. Of a larger one every tile is forecast with what lies
+    around it on the grid. `batch` holds one sample; cells that it never observed are NaN.
     """
-    y_size, x_size = header.grid.shape
-    leads, unseen = slice(0, len(batch.lead_time)), _unseen(batch)
-    if max(y_size, x_size) <= TILE:
-        rows, columns = slice(0, y_size), slice(0, x_size)
-        yield _block(forecaster(batch), header, _Place(leads, rows, columns, rows, columns), unseen)
+    unseen = _unseen(batch)
+    for rows, columns in _tiles(*header.grid.shape):
+        if unseen[rows, columns].all():
+            continue  # what no block covers is NaN
+        y, x = (_around(*part) for part in zip((rows, columns), header.grid.shape, strict=True))
+        motion = None if batch.motion is None else batch.motion[..., y, x].contiguous()
+        seen = replace(batch, radar=batch.radar[..., y, x].contiguous(), motion=motion)
+        together = max(1, LEADS_OF_CELLS // seen.radar[0, 0].numel())
+        parts = []
+        for first in range(0, len(batch.lead_time), together):
+            leads = slice(first, min(first + together, len(batch.lead_time)))
+            forecast = forecaster(replace(seen, lead_time=batch.lead_time[leads]))
+            place = _Place(leads, rows, columns, _within(rows, y), _within(columns, x))
+            parts.append(_block(forecast, header, place, unseen))
+        yield _joined(parts)
+
+
+def _tiles(y_size: int, x_size: int) -> Iterator[tuple[slice, slice]]:
+    """The rows and columns of each tile of a grid."""
+    if y_size * x_size <= WHOLE:
+        yield slice(0, y_size), slice(0, x_size)
         return
-    beyond = (HALO, HALO + -x_size % TILE, HALO, HALO + -y_size % TILE)
-    surrounded = F.pad(batch.radar, beyond, value=torch.nan)
-    moving = None if batch.motion is None else F.pad(batch.motion, beyond, mode="replicate")
     for y in range(0, y_size, TILE):
         for x in range(0, x_size, TILE):
-            rows, columns = slice(y, min(y + TILE, y_size)), slice(x, min(x + TILE, x_size))
-            if unseen[rows, columns].all():
-                continue  # what no block covers is NaN
-            seen = (..., slice(y, y + TILE + 2 * HALO), slice(x, x + TILE + 2 * HALO))
-            motion = None if moving is None else moving[seen].contiguous()
-            forecast = forecaster(replace(batch, radar=surrounded[seen].contiguous(), motion=motion))
-            place = _Place(leads, rows, columns, _inner(rows), _inner(columns))
-            yield _block(forecast, header, place, unseen)
+            yield slice(y, min(y + TILE, y_size)), slice(x, min(x + TILE, x_size))
 
 
-def _inner(cells: slice) -> slice:
-    """The same cells, counted from the corner of a tile's halo."""
-    return slice(HALO, HALO + cells.stop - cells.start)
+def _joined(parts: Sequence[RunBlock]) -> RunBlock:
+    """Blocks of lead times that follow each other, as one: all lie in the same chunks of a small grid."""
+    if len(parts) == 1:
+        return parts[0]
+    tables = zip(*((part.exceedance, part.quantile, part.median, part.mean) for part in parts), strict=True)
+    exceedance, quantile, median, mean = tables
+    return replace(
+        parts[0],
+        lead=slice(parts[0].lead.start, parts[-1].lead.stop),
+        exceedance=np.concatenate(exceedance),
+        quantile=np.concatenate(quantile, axis=1),
+        median=np.concatenate(median),
+        mean=np.concatenate(mean),
+    )
+
+
+def _around(cells: slice, size: int) -> slice:
+    """The same cells along an axis, and what lies around them on the grid."""
+    return slice(max(0, cells.start - HALO), min(cells.stop + HALO, size))
+
+
+def _within(cells: slice, seen: slice) -> slice:
+    """The same cells, counted from the first that is seen."""
+    return slice(cells.start - seen.start, cells.stop - seen.start)
 
 
 def _unseen(batch: Batch) -> Mask:

@@ -1,7 +1,8 @@
 """`Sampling`: which samples of which cubes a training learns from, and which it validates on."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,8 +39,10 @@ class Sampling:
         self, cube: Observations, share: float, start: str | None, end: str | None
     ) -> tuple[Samples, Samples | None]:
         """What is learned from within [start, end], and its end to validate on; None if that is too short."""
-        span, used = self._span(cube), _between(cube, start, end)
-        parts = split(cube.observed[used], span, share).later(used.start)
+        used = _between(cube, start, end)
+        with _named(cube):
+            span = self._span(cube)
+            parts = split(cube.observed[used], span, share).later(used.start)
         learned = Samples(
             cube,
             parts.training,
@@ -77,8 +80,10 @@ class Sampling:
 
     def event(self, cube: Observations) -> Samples:
         """A whole cube to validate on."""
-        span = self._span(cube)
-        kept = self._validating(cube, split(cube.observed, span, 0.0).training, span)
+        with _named(cube):
+            span = self._span(cube)
+            inits = split(cube.observed, span, 0.0).training
+        kept = self._validating(cube, inits, span)
         if kept.index.empty:
             raise ValueError(f"{cube.path}: nothing was observed that could be validated on; leave it out")
         return kept
@@ -135,6 +140,15 @@ def samples_of(
         )
         return training, []
     return training, validating
+
+
+@contextmanager
+def _named(cube: Observations) -> Iterator[None]:
+    """Says of which cube there is too little."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{cube.path}: {error}") from error
 
 
 def _between(cube: Observations, start: str | None, end: str | None) -> slice:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from metnet.batch import Batch
 from metnet.loss import Loss, cross_entropy
@@ -518,6 +518,28 @@ class Numbers(Sequence[int]):
         return (self[place] for place in range(len(self)))
 
 
+class Even(Dataset[Batch]):
+    """Samples made up to a multiple of the processes by some without a target, which count nowhere.
+
+    Processes that share out the weights wait for each other at each batch, so that all need as many.
+    """
+
+    def __init__(self, samples: Samples, processes: int):
+        self.samples, self.processes = samples, processes
+
+    def __len__(self) -> int:
+        """How many samples there are, those that count nowhere included."""
+        return math.ceil(len(self.samples) / self.processes) * self.processes
+
+    def __getitem__(self, index: int) -> Batch:
+        """Sample number `index`."""
+        if index < len(self.samples):
+            return self.samples[index]
+        sample = self.samples[index % len(self.samples)]
+        assert sample.target is not None
+        return replace(sample, target=torch.full_like(sample.target, torch.nan))
+
+
 class RadarData(LightningDataModule):
     """Training samples without end, and the same validation samples each time.
 
@@ -536,9 +558,10 @@ class RadarData(LightningDataModule):
         return self._loaded(self.training, Numbers(first, self.training.batch_size, *self._place))
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """The validation samples of each cube, shared out among the processes."""
+        """The validation samples of each cube, shared out evenly among the processes."""
         process, processes = self._place
-        return [self._loaded(samples, range(process, len(samples), processes)) for samples in self.validation]
+        even = [Even(samples, processes) for samples in self.validation]
+        return [self._loaded(samples, range(process, len(samples), processes)) for samples in even]
 
     def told(self, step: int, micro_batch: int) -> list[str]:
         """Where each sample of this process's micro-batch of a step comes from."""
@@ -556,5 +579,5 @@ class RadarData(LightningDataModule):
         batches = step * self.trainer.accumulate_grad_batches + micro_batch
         return batches * self._place[1] * self.training.batch_size
 
-    def _loaded(self, samples: Mixed | Samples, numbers: Sequence[int]) -> DataLoader[Batch]:
+    def _loaded(self, samples: Mixed | Even, numbers: Sequence[int]) -> DataLoader[Batch]:
         return loader(samples, self.training.batch_size, numbers, self.workers)

@@ -49,7 +49,7 @@ from pipelines.sample_store import stored
 from pipelines.samples import SMALLEST_CROP, Mixed, Samples
 from pipelines.sampling import Sampling, knowable, samples_of
 from pipelines.task import Habits, Importance, Learning, RadarData, Task
-from pipelines.trained import CARD, WEIGHTS, Published
+from pipelines.trained import CARD, WEIGHTS, Published, read_card
 from pipelines.trainer import decided, make_trainer, quiet
 from pipelines.training_log import Progress, WriteScores
 from pipelines.training_pictures import Pictures
@@ -164,6 +164,7 @@ def train(
     folder = destination.folder("run", run)
     trainer, config = decided(trainer, config, begun_precision(folder))
     if (before := finished(folder, config)) is not None:
+        _say_changed(folder)
         return before
     then = begun_snapshots(folder)
     learned = _opened([cube] if isinstance(cube, str) else cube, crop, then)
@@ -224,6 +225,20 @@ def train(
         return _finish(
             folder, config, learned, kept, crop, leads, beside, network, task, fitted, calibration, begun
         )
+
+
+def _say_changed(folder: Path) -> None:
+    """Says which of the cubes that a finished training learned from hold something else by now."""
+    card = read_card(folder)
+    assert card is not None
+    for cube in card["cubes"]:
+        with suppress(OSError, ValueError):  # it may be gone: nothing is wanted of it
+            if rain_cube(cube["path"]).snapshot != cube["snapshot"]:
+                log.warning(
+                    "%s has changed since it was learned from; to learn from it as it is now, choose another "
+                    "run folder",
+                    cube["path"],
+                )
 
 
 def _say_unlearned(asked: Sequence[float], learned: Sequence[float]) -> None:

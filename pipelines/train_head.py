@@ -136,8 +136,9 @@ def train_head(
             "such as metnet train model=small leaves, which forecasts all of the grid that it sees"
         )
     paths = [cube] if isinstance(cube, str) else list(cube)
+    several = len(paths) + len(validation_cubes) > 1
     for path in (*paths, *validation_cubes):
-        _check(path, base, leads, crop)
+        _check(path, base, leads, crop, several)
     call = _call(base, leads, crop, dim, heads, layers, dropout)
     beside = {key: base.card[key] for key in ("satellite", "static", "reach")}
     done = train(
@@ -170,7 +171,7 @@ def train_head(
     return None if done is None else _told(done, base.network)
 
 
-def _check(path: str, base: TrainedModel, lead_times: Sequence[float], crop: int) -> None:
+def _check(path: str, base: TrainedModel, lead_times: Sequence[float], crop: int, several: bool) -> None:
     """Refuses a cube that the network or the head cannot learn from, before any work.
 
     Raises:
@@ -189,10 +190,10 @@ def _check(path: str, base: TrainedModel, lead_times: Sequence[float], crop: int
             f"crop={crop}: the grid of {path} has {rows} x {columns} cells; expected a crop that lies in it"
         )
     span = Span.of(cube.cadence, base.frames, lead_times)
-    if Span.of_those(cube, base.frames, lead_times) != span:
+    if several and Span.of_those(cube, base.frames, lead_times) != span:
         raise ValueError(
-            f"lead_times: {path} has only {len(cube.times)} frames, too few for {max(lead_times):g} min; a "
-            "head wants all its lead times of every cube: ask for shorter ones, or leave the cube out"
+            f"lead_times: {path} has {len(cube.times)} frames, too few for {max(lead_times):g} min beside "
+            "others; a head wants all its lead times of every cube: ask for shorter ones, or leave it out"
         )
 
 

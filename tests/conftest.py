@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -12,6 +13,32 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its back
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are small: more threads only wait
 
 ROOT = Path(__file__).parent.parent
+ALL = "1/1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Slow tests may take turns, of which one is run."""
+    parser.addoption(
+        "--turn", default=ALL, metavar="K/N", help="of the slow tests only one in N, the Kth part"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Says which of the slow tests are left for another time."""
+    turn = config.getoption("--turn")
+    return "all slow tests" if turn == ALL else f"slow tests: part {turn} (make test TURN={ALL} runs all)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out slow tests whose turn it is not: those of a file together, one with parameters by each."""
+    part, parts = map(int, config.getoption("--turn").split("/"))
+    kept, left = [], []
+    for item in items:
+        own = item.nodeid if "[" in item.nodeid else item.nodeid.split("::")[0]
+        waits = item.get_closest_marker("slow") and crc32(own.encode()) % parts != part - 1
+        (left if waits else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from serve.app import create_app
 from serve.forecasts import Forecasts
 
 ROOT = Path(__file__).parent.parent
+QUICK = ["prior_samples=8", "prior_steps=30", "local_steps=60", "validation=0"]
 TINY = ["model.channels=16", "model.depth=1", "model.frames=3", "crop=48", "batch_size=2"]
 
 
@@ -102,7 +103,7 @@ def test_the_five_commands_on_real_mrms_files(tmp_path, data, capsys):
     window = "window=[768,4352,512,512]"
     run("ingest", "source=mrms", f"source.path={data / 'mrms'}", f"cube={cube}", window)
     ahead = "lead_times=[4,8,12,16,20]"
-    run("train", f"cube={cube}", f"run={model}", ahead, *TINY, "trainer.max_steps=3", "validation=0")
+    run("train", f"cube={cube}", f"run={model}", ahead, *TINY, *QUICK, "trainer.max_steps=3")
     run("forecast", f"cube={cube}", f"model={model}", f"forecasts={store}", "init_time=2019-06-10T00:20Z")
     run("verify", f"cube={cube}", f"forecasts={store}", f"report={tmp_path / 'report'}", "resamples=50")
 
@@ -124,7 +125,6 @@ def test_the_five_commands_on_real_mrms_files(tmp_path, data, capsys):
     assert "persistence" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_demo_leaves_all_it_promises(tmp_path):
     out = tmp_path / "with a blank"
     words = [f"out={out}", "serve=false", "train_time=00:00:00:05"]

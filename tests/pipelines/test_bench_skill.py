@@ -203,6 +203,12 @@ def test_an_event_that_is_not_there_is_named(tmp_path):
         bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path), recipe(), ["four"])
 
 
+def test_an_event_that_is_left_out_twice_is_named_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"^leave_out: one more than once; expected each event once"):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), ["one", "one"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         bench_skill(str(tmp_path / "x"), {"one": storms(1)}, str(tmp_path), recipe())

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from types import SimpleNamespace
 
 import netCDF4
 import numpy as np
@@ -22,12 +23,13 @@ from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
 from pipelines.cf import PRECIPITATION_FLAG, RAINFALL_RATE
 from pipelines.cube import Cube
-from pipelines.forecast import forecast, from_path
+from pipelines.forecast import _learned_leads, forecast, from_path
 from pipelines.frame import Frame
 from pipelines.grid import Grid
+from pipelines.pretrained import run_folder
 from pipelines.run_facts import RunFacts
 from pipelines.runs import ForecastStore, RunHeader
-from pipelines.trained import TrainedModel
+from pipelines.trained import TrainedModel, trained
 
 START = datetime(2020, 6, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -379,8 +381,10 @@ def test_a_network_gives_the_same_run_in_tiles_as_at_once(tmp_path, monkeypatch)
     cube = make_cube(tmp_path / "cube", {0.0: field, 5.0: field})
     forecast(cube, network(), str(tmp_path / "once"))
 
+    monkeypatch.setattr(run_blocks, "WHOLE", 1000)
     monkeypatch.setattr(run_blocks, "TILE", 16)
     monkeypatch.setattr(run_blocks, "HALO", 3)
+    monkeypatch.setattr(run_blocks, "LEADS_OF_CELLS", 600)  # both lead times of some tiles, one of others
     forecast(cube, network(), str(tmp_path / "tiles"))
 
     header, once = newest(str(tmp_path / "once"))
@@ -407,6 +411,7 @@ def test_all_tiles_are_told_the_motion_of_the_whole_grid(tmp_path, monkeypatch):
     forecast(cube, model, str(tmp_path / "once"))
     (whole,) = told
     told.clear()
+    monkeypatch.setattr(run_blocks, "WHOLE", 1000)
     monkeypatch.setattr(run_blocks, "TILE", 16)
     monkeypatch.setattr(run_blocks, "HALO", 4)
     forecast(cube, model, str(tmp_path / "tiles"))
@@ -414,8 +419,28 @@ def test_all_tiles_are_told_the_motion_of_the_whole_grid(tmp_path, monkeypatch):
     assert whole.abs().max() > 0.05 and len(told) == 9
     corners = [(y, x) for y in range(0, 48, 16) for x in range(0, 40, 16)]
     for (y, x), motion in zip(corners, told, strict=True):
-        part = whole[..., y : y + 16, x : x + 16]
-        assert torch.equal(motion[..., 4 : 4 + part.shape[2], 4 : 4 + part.shape[3]], part)
+        assert torch.equal(motion, whole[..., max(0, y - 4) : y + 20, max(0, x - 4) : x + 20])
+
+
+def test_where_tiles_of_the_model_that_ships_meet_no_seam_is_seen(tmp_path, monkeypatch):
+    """Rain in the east alone: the means of wide areas reach from one tile into the next."""
+    rain = gaussian_filter(np.random.default_rng(0).normal(size=(64, 1100)), 8, mode="wrap") * 120 + 2
+    rain[:, :600] = 0.0
+    cube = make_cube(tmp_path / "cube", {5.0 * i: np.roll(rain, i, 1).clip(min=0) for i in range(4)})
+    model = trained(run_folder("pretrained"))
+
+    def said(name: str) -> np.ndarray:
+        forecast(cube, model, str(tmp_path / name), lead_times=[10, 60], thresholds=[0.1, 1.0])
+        return newest(str(tmp_path / name))[1]["probability_of_exceedance"].values
+
+    once = said("once")
+    monkeypatch.setattr(run_blocks, "WHOLE", 1000)
+    monkeypatch.setattr(run_blocks, "TILE", 512)
+    tiles = said("tiles")
+    monkeypatch.setattr(run_blocks, "HALO", 16)
+    narrow = said("narrow")
+    assert np.nanmax(np.abs(tiles - once)) < 0.005
+    assert np.nanmax(np.abs(narrow - once)) > 0.05, "too little around a tile would be seen"
 
 
 def test_a_large_grid_is_written_lead_by_lead_to_the_same_run(tmp_path, monkeypatch):
@@ -520,6 +545,21 @@ def test_a_cadence_between_those_learned_is_forecast_with_a_warning(
     made = forecast(cube, TrainedModel(Network(), card, "ab" * 32), store)  # type: ignore[arg-type]
     assert made.lead_times == leads, "those that the cube can verify, if there are any"
     assert "learned from frames every 2 or 10 min" in caplog.text and "lies between" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("minutes", "leads"),
+    [
+        (5, list(range(5, 65, 5))),
+        (3, [6, 12, 15, 18, 24, 30, 36, 42, 45, 48, 54, 60]),
+        (7, list(range(7, 60, 7))),
+        (11, list(range(11, 60, 11))),
+        (13, list(range(13, 60, 13))),
+    ],
+)
+def test_the_model_that_ships_forecasts_an_hour_of_a_cube_of_any_cadence(minutes, leads):
+    other = SimpleNamespace(cadence=timedelta(minutes=minutes))
+    assert list(_learned_leads(other, trained(run_folder("pretrained")))) == leads
 
 
 def test_a_published_network_which_is_told_of_no_ages_wants_a_cadence_it_learned_from(cube, store):

@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(cube, run, tmp_path, monkeypat
         assert torch.equal(weight, expected[name]), name
 
 
-def test_a_killed_run_goes_on_with_the_frames_it_began_with(cube, run, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_the_frames_it_began_with(cube, run, tmp_path, monkeypatch, caplog):
     """More may have come since, and would be other samples, and scores of others."""
     grows = str(shutil.copytree(cube, tmp_path / "cube"))
     step = Task.training_step
@@ -155,6 +155,9 @@ def test_a_killed_run_goes_on_with_the_frames_it_began_with(cube, run, tmp_path,
         assert torch.equal(weight, expected[name]), name
     card = json.loads((tmp_path / "run" / "model.json").read_text())
     assert [told["snapshot"] for told in card["cubes"]] == [began_with]
+    assert "since it was learned from" not in caplog.text
+    assert trained_on(grows, tmp_path / "run", steps=6).before
+    assert f"{grows} has changed since it was learned from; to learn" in caplog.text
 
 
 def test_where_the_frames_it_began_with_are_gone_it_goes_on_with_a_warning(cube, tmp_path, caplog):

@@ -59,7 +59,8 @@ def network(cube, tmp_path_factory):
 def head_on(cube, network, run, steps, **changed):
     """`metnet train-head` with numbers small enough for a test."""
     settings, trainer = SMALL | changed, {"max_steps": steps}
-    places = {"cube": str(cube), "run": str(run), "network": str(network)}
+    cubes = [str(each) for each in cube] if isinstance(cube, list) else str(cube)
+    places = {"cube": cubes, "run": str(run), "network": str(network)}
     return train_head(
         **places,
         trainer=partial(Trainer, accelerator="cpu", gradient_clip_val=1.0, **trainer),
@@ -196,15 +197,18 @@ def test_an_accumulation_over_a_window_is_had_from_its_members(told, tmp_path):
     [
         ({"crop": 32}, r"^crop=32: the grid of .* has 24 x 32 cells"),
         ({"lead_times": [5, 7]}, "7 minutes is no multiple of the cube's cadence"),
-        ({"lead_times": [5, 190]}, "^lead_times: .* has only 40 frames, too few for 190 min"),
+        ({"lead_times": [5, 200]}, "cube: the cube has 40 frames on a time axis of 40: a sample needs"),
+        ({"lead_times": [5, 190], "twice": True}, "^lead_times: .* has 40 frames, too few for 190 min"),
         ({"layers": 3}, r"layers=3: expected 2, 4"),
         ({"heads": 5}, "heads=5"),
         ({"learning_rate": 0.0}, "^learning_rate=0.0: expected"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name_before_any_work(cube, network, tmp_path, changed, said):
+    changed = dict(changed)
+    cubes = [cube, cube] if changed.pop("twice", False) else cube
     with pytest.raises(ValueError, match=said):
-        head_on(cube, network, tmp_path / "run", steps=1, **changed)
+        head_on(cubes, network, tmp_path / "run", steps=1, **changed)
     assert not (tmp_path / "run").exists()
 
 
