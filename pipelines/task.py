@@ -521,7 +521,8 @@ class Numbers(Sequence[int]):
 class Even(Dataset[Batch]):
     """Samples made up to a multiple of the processes by some without a target, which count nowhere.
 
-    Processes that share out the weights wait for each other at each batch, so that all need as many.
+    Processes that share out the weights gather them together: one without a batch would not come, and the
+    others would wait for it.
     """
 
     def __init__(self, samples: Samples, processes: int):
