@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are small:
 
 ROOT = Path(__file__).parent.parent
 ALL = "1/1"
+LONGEST = "test_main_job"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,14 +31,19 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out slow tests whose turn it is not: those of a file together, one with parameters by each."""
+    """Leaves out slow tests whose turn it is not: those of a file together, one with parameters by each.
+
+    The longest come first, so that at the end no process waits for the one that has drawn them.
+    """
     part, parts = map(int, config.getoption("--turn").split("/"))
     kept, left = [], []
     for item in items:
         own = item.nodeid if "[" in item.nodeid else item.nodeid.split("::")[0]
         waits = item.get_closest_marker("slow") and crc32(own.encode()) % parts != part - 1
         (left if waits else kept).append(item)
-    items[:] = kept
+    items[:] = sorted(
+        kept, key=lambda item: not (item.get_closest_marker("slow") or item.path.stem == LONGEST)
+    )
     config.hook.pytest_deselected(items=left)
 
 

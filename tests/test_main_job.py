@@ -127,7 +127,7 @@ def test_the_five_commands_on_real_mrms_files(tmp_path, data, capsys):
 
 def test_the_demo_leaves_all_it_promises(tmp_path):
     out = tmp_path / "with a blank"
-    words = [f"out={out}", "serve=false", "train_time=00:00:00:05"]
+    words = [f"out={out}", "serve=false", "train_time=00:00:00:05", "every=60"]
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "cli.py"), "demo", *words],

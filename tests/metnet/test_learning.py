@@ -89,7 +89,9 @@ def test_untrained_it_says_climatology_where_nothing_is_seen_and_more_where_rain
     assert unseen.probability[0, 0, :, 0, 0].allclose(unseen.probability[2, 2, :, 9, 9], atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", [{"advection": False}, {"advection": True}])
+@pytest.mark.parametrize(
+    "choice", [{"advection": False}, pytest.param({"advection": True}, marks=pytest.mark.slow)]
+)
 def test_trained_with_samples_that_see_nothing_it_is_wide_there_and_no_worse_than_their_climatology(choice):
     net, batch = small(**choice), drifting_storms(batch=8)
     radar = batch.radar.clone()

@@ -237,6 +237,7 @@ def test_memory_holds_a_field_and_not_all_of_them(tmp_path, monkeypatch):
     assert (tmp_path / "out.nc").is_file()
 
 
+@pytest.mark.slow
 def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
     grids = {"projected": PROJECTED, "geographic": GEOGRAPHIC, "geostationary": GEOSTATIONARY}
     groups = {

@@ -72,7 +72,9 @@ def test_a_loaded_model_gives_what_the_trained_one_gave_bit_for_bit(cube, tmp_pa
     assert torch.equal(trained(tmp_path)(a_batch()).probability, expected)
 
 
-@pytest.mark.parametrize("advection", [False, True], ids=["plain", "prior"])
+@pytest.mark.parametrize(
+    "advection", [pytest.param(False, id="plain"), pytest.param(True, id="prior", marks=pytest.mark.slow)]
+)
 def test_training_lowers_the_score_of_the_plain_network_and_of_the_fitted_prior(advection, cube, tmp_path):
     model = {**MODEL, "advection": advection}
     long = trained_on(cube, tmp_path / "long", steps=160, check_every=40, model=model)

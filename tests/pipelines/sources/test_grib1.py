@@ -146,7 +146,7 @@ RELIEF = np.arange(12).reshape(3, 4) * 37
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_written_field_is_read_with_every_packing(bits, reference, binary, decimal, seed, tmp_path_factory):
-    counts = np.random.default_rng(seed).integers(0, min(2**bits, 400), (3, 4))
+    counts = np.random.default_rng(seed).integers(0, 200, (3, 4))  # none is above 9000 m
     path = tmp_path_factory.mktemp("grib") / "x.grib"
     path.write_bytes(message(counts, 8, bits, reference, binary, decimal))
     expected = (reference + counts * 2.0**binary) / 10.0**decimal
