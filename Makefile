@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"metnet needs Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}: make PYTHON=... names another" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv/ (once; about two minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[serve,verify,onnx,dev]'
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[serve,verify,onnx,dev]'
 	@touch $@
 
 lint: $(INSTALLED)
