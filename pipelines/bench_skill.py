@@ -134,10 +134,9 @@ def bench_skill(
             "a training validates on the end of each event that it learns from"
         )
     folds = [fold.split("+") for fold in (leave_out or list(events))]
-    unknown = sorted({name for fold in folds for name in fold} - set(events))
-    if unknown:
-        raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
     named = [name for fold in folds for name in fold]
+    if unknown := sorted(set(named) - set(events)):
+        raise ValueError(f"leave_out: no event {', '.join(unknown)}; expected some of {', '.join(events)}")
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise ValueError(
             f"leave_out: {', '.join(twice)} more than once; expected each event once, as its scores stand by "

@@ -555,6 +555,7 @@ def test_a_cadence_between_those_learned_is_forecast_with_a_warning(
         (7, list(range(7, 60, 7))),
         (11, list(range(11, 60, 11))),
         (13, list(range(13, 60, 13))),
+        (14, list(range(14, 60, 14))),
     ],
 )
 def test_the_model_that_ships_forecasts_an_hour_of_a_cube_of_any_cadence(minutes, leads):
