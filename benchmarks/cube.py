@@ -102,7 +102,7 @@ def readers(path: str, folder: Path) -> Iterator[tuple[str, Read]]:
     def isel(region: Region) -> Values:
         t, y, x, *sizes = region
         slices = [slice(first, first + size) for first, size in zip((t, y, x), sizes, strict=True)]
-        return np.asarray(dataset.isel(time=slices[0], y=slices[1], x=slices[2]).values)
+        return np.asarray(dataset.isel(time=slices[0], y=slices[1], x=slices[2]).values, np.float32)
 
     yield "Cube.block", block
     yield "xarray isel", isel
@@ -174,7 +174,14 @@ def race(given: list[Frame], crops: int, place: Path) -> Iterator[Outcome]:
     for side in SIDES:
         path = place / f"cube{side}"
         with patch("pipelines.cube.SIDE", side):
-            cube = Cube.open_or_create(str(path), given[0].grid, given[0].variable, start, cadence)
+            cube = Cube.open_or_create(
+                str(path),
+                given[0].grid,
+                given[0].variable,
+                start,
+                cadence,
+                scale_factor=given[0].scale_factor,
+            )
         empty, begin = size(path), time.perf_counter()
         cube.write(given)
         writing = (time.perf_counter() - begin) / len(given)

@@ -128,7 +128,7 @@ def readers(place: Path) -> dict[str, Read]:
         return lambda crop: source.block(times[crop[0]], FRAMES, (*crop[1:], SIDE, SIDE))
 
     def isel(array: xr.DataArray) -> Read:
-        return lambda crop: np.asarray(array.isel(**slices(crop)).values)
+        return lambda crop: np.asarray(array.isel(**slices(crop)).values, np.float32)
 
     reads = {"SampleStore.block": block(store), "Cube.block": block(cube)}
     reads |= {name: isel(array) for name, array in arrays.items()}
@@ -140,7 +140,7 @@ def readers(place: Path) -> dict[str, Read]:
 
         def of_its_own(crop: Crop) -> Values:
             part = array.isel(**slices(crop))
-            return np.asarray(xbatcher.BatchGenerator(part, sizes, preload_batch=False)[0].values)
+            return np.asarray(xbatcher.BatchGenerator(part, sizes, preload_batch=False)[0].values, np.float32)
 
         reads["xbatcher, our cube"] = of_its_own
     reads["np.memmap of float32"] = lambda crop: np.array(flat[tuple(slices(crop).values())])

@@ -33,8 +33,10 @@ from pipelines.coordinates import (
 )
 from pipelines.frame import Frame
 from pipelines.grid import Grid, from_path
+from pipelines.packing import DTYPE, packed, plain_attributes, unpacked
+from pipelines.packing import attributes as packing
 from pipelines.quality import CellFlag, cell_flags, flag_attributes, frame_flags, statistics
-from pipelines.repository import ARCHIVED, Repository, create_array
+from pipelines.repository import ARCHIVED, COUNTED, Repository, create_array
 from pipelines.version import version
 
 STATIC = "static"  # the group of what never changes
@@ -149,6 +151,7 @@ class Cube:
         self.variable = _variable(self._group)
         self._axis = _axis(self._group)
         self._array = _array(self._group, self.variable.name)
+        self.scale_factor = _scale_factor(self._array)
         self.__dict__.pop("observed", None)
 
     @classmethod
@@ -169,10 +172,12 @@ class Cube:
         start: datetime,
         cadence: timedelta,
         group: str = RADAR,
+        scale_factor: float | None = None,
     ) -> "Cube":
         """The cube at `path`; a new one, without frames, where nothing is.
 
-        `start` is the first time of a new cube's axis; an existing one keeps its own.
+        `start` is the first time of a new cube's axis, and of `scale_factor` all its values are whole
+        multiples, which takes less room; an existing one keeps its own.
 
         Raises:
             ValueError: if it exists with another grid, variable or cadence, if another group there has
@@ -192,7 +197,7 @@ class Cube:
             if group in root:
                 return
             check_place(path, root, grid)
-            _create(root.create_group(group), grid, variable, start, cadence)
+            _create(root.create_group(group), grid, variable, start, cadence, scale_factor)
 
         repository.commit(f"the group {group} of {variable.name}", create)
         cube = cls(path, repository.snapshot, group)
@@ -285,7 +290,8 @@ class Cube:
 
         Raises:
             ValueError: if it has another grid, variable or cadence, if its time falls between two steps or
-                looks like a wrong date, or if it does not say which file it was read from.
+                looks like a wrong date, if it does not say which file it was read from, or if its values are
+                not of those that the cube can hold.
         """
         of = f"{self.path}: frame of {frame.valid_time:%Y-%m-%dT%H:%M:%SZ}"
         _check_same(f"{of}: grid", self.grid, frame.grid)
@@ -299,6 +305,13 @@ class Cube:
             raise ValueError(f"{of}: sha256={frame.sha256!r}, expected 64 hexadecimal digits, not all 0")
         index = self._axis.index(frame.valid_time)
         self._axis.reaching(index, index)
+        if self.scale_factor is not None:
+            try:
+                packed(frame.values, self.scale_factor)
+            except ValueError as error:
+                raise ValueError(
+                    f"{of}: {error}, as the cube's are; write it to a cube of its own"
+                ) from error
 
     def block(
         self, first: datetime, count: int, window: tuple[int, int, int, int] | None = None, step: int = 1
@@ -324,7 +337,8 @@ class Cube:
         high = min(count, -((begin - self._axis.size) // step))  # and the first behind it
         if low < high:
             times = slice(begin + low * step, begin + (high - 1) * step + 1, step)
-            block[low:high] = self._array[times, y0 : y0 + ny, x0 : x0 + nx]
+            found = np.asarray(self._array[times, y0 : y0 + ny, x0 : x0 + nx])
+            block[low:high] = found if self.scale_factor is None else unpacked(found, self.scale_factor)
         return block
 
     def between(self, start: datetime, end: datetime) -> xr.Dataset:
@@ -376,7 +390,14 @@ def check_place(path: str, root: zarr.Group, grid: Grid) -> None:
             )
 
 
-def _create(group: zarr.Group, grid: Grid, variable: Variable, start: datetime, cadence: timedelta) -> None:
+def _create(
+    group: zarr.Group,
+    grid: Grid,
+    variable: Variable,
+    start: datetime,
+    cadence: timedelta,
+    scale_factor: float | None,
+) -> None:
     """An empty cube: coordinates, and arrays without a step."""
     group.update_attributes(provenance(f"{variable.long_name}, observed"))
     write_grid(group, grid)
@@ -396,7 +417,9 @@ def _create(group: zarr.Group, grid: Grid, variable: Variable, start: datetime, 
     field = {**variable.attributes(), "valid_range": list(variable.valid_range)}
     shape, chunk = (0, *grid.shape), (1, *chunks(grid, SIDE))
     field = located({**field, "ancillary_variables": "quality_flag"})
-    create_array(group, variable.name, ("time", "y", "x"), shape, "f4", field, chunk, ARCHIVED)
+    dtype, compressors = ("f4", ARCHIVED) if scale_factor is None else (DTYPE, COUNTED)
+    field |= {} if scale_factor is None else packing(scale_factor, variable.valid_range)
+    create_array(group, variable.name, ("time", "y", "x"), shape, dtype, field, chunk, compressors)
     flags = {
         "standard_name": "quality_flag",
         "long_name": "what looks wrong with a value, which stays as it is",
@@ -444,8 +467,9 @@ def _store(group: zarr.Group, frames: dict[int, Frame]) -> None:
     """Writes frames at steps that the axis has, and beside them what is known of each."""
     name = next(iter(frames.values())).variable.name
     fields, flags = _array(group, name), _array(group, "quality_flag")
+    scale_factor = _scale_factor(fields)
     for index, frame in frames.items():
-        fields[index] = frame.values
+        fields[index] = frame.values if scale_factor is None else packed(frame.values, scale_factor)
         flags[index] = np.zeros_like(frame.values, np.uint8) if frame.flags is None else frame.flags
     known = [statistics(frame) for frame in frames.values()]
     beside = {
@@ -525,10 +549,16 @@ def _axis(group: zarr.Group) -> _Axis:
 def _variable(group: zarr.Group) -> Variable:
     """The quantity of the group's fields."""
     for name, array in group.arrays():
-        at: dict[str, Any] = dict(array.attrs)
+        at = plain_attributes(array.attrs)
         if array.metadata.dimension_names == ("time", "y", "x") and "valid_range" in at:  # type: ignore[union-attr]
             return described(name, at)
     raise ValueError(f"group {group.path!r} has no array over (time, y, x), so it is no cube")
+
+
+def _scale_factor(array: "zarr.Array[Any]") -> float | None:
+    """Of an array of whole numbers, what they are multiplied with; None of one that holds the values."""
+    factor: Any = array.attrs.get("scale_factor")
+    return None if factor is None else float(factor)
 
 
 def _array(group: zarr.Group, name: str) -> "zarr.Array[Any]":

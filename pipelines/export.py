@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pipelines.cube import RADAR, STATIC, STATISTICS, Cube
 from pipelines.destination import untaken
 from pipelines.frame import parse_time
 from pipelines.manifest import NAME, Manifest
+from pipelines.packing import plain_attributes, unpacked
 from pipelines.progress import track
 from pipelines.repository import COMPRESSORS, Repository
 from pipelines.runs import CONTENT, ForecastStore
@@ -184,7 +185,13 @@ def _frames_part(name: str, array: "zarr.Array[Any]", held: NDArray[np.int64], f
     if dimensions[:1] != ("time",):
         return _copied(name, array, attributes)
     if dimensions == ("time", "y", "x"):
-        return _steps(name, array, attributes, 0, held)
+        factor: Any = attributes.get("scale_factor")
+        part = _steps(name, array, plain_attributes(attributes), 0, held)
+        if factor is None:
+            return part
+        return replace(
+            part, dtype=np.dtype(np.float32), read=lambda number: unpacked(part.read(number), factor)
+        )
     values = np.asarray(array[:])[held]
     # Time stands right of what is no place or time (CF-1.11, section 2.4).
     return _made(name, dimensions[::-1], values.T, attributes)

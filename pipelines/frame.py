@@ -1,5 +1,6 @@
 """`Frame`: one quantity at one valid time on one grid, and where it came from."""
 
+import math
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -25,13 +26,15 @@ class Frame:
     sha256: str  # of the file the frame was read from
     group: str = "radar"  # of a cube, where frames of this kind belong: "radar", "satellite", "static"
     flags: NDArray[np.uint8] | None = None  # (y, x), what looks wrong (pipelines.quality); None: not judged
+    scale_factor: float | None = None  # all values are whole multiples of it; None: of nothing that is known
 
     def __post_init__(self) -> None:
         """Refuses what no reader may hand on.
 
         Raises:
             ValueError: for a time that is not UTC, another shape than the grid's, another type than
-                float32, infinite numbers, or numbers outside the variable's valid range.
+                float32, infinite numbers, numbers outside the variable's valid range, or a scale factor that
+                is none.
         """
         if self.valid_time.utcoffset() != timedelta(0):
             raise ValueError(f"valid_time={self.valid_time}: expected a time in UTC")
@@ -46,6 +49,8 @@ class Frame:
             raise ValueError(f"values of shape {self.values.shape} on a grid of {self.grid.shape}")
         if self.values.dtype != np.float32:
             raise ValueError(f"values of type {self.values.dtype}: expected float32")
+        if self.scale_factor is not None and not 0 < self.scale_factor < math.inf:
+            raise ValueError(f"scale_factor={self.scale_factor}: expected a number above 0")
         low, high = self.variable.valid_range
         if np.fmin.reduce(self.values, axis=None) < low or np.fmax.reduce(self.values, axis=None) > high:
             outside = (self.values < low) | (self.values > high)  # false where NaN

@@ -437,7 +437,13 @@ class Intake:
         self.group = self.group or frame.group
         if frame.cadence is not None:
             self._cube = Cube.open_or_create(
-                self.cube, frame.grid, frame.variable, frame.valid_time, frame.cadence, self.group
+                self.cube,
+                frame.grid,
+                frame.variable,
+                frame.valid_time,
+                frame.cadence,
+                self.group,
+                frame.scale_factor,
             )
             checked = self._checked(file, frame)
             if isinstance(checked, Refused):

@@ -67,7 +67,7 @@ def regrid(frame: Frame, grid: Grid) -> Frame:
     for tile in _overlaps(frame.grid, grid):
         new = _combined(frame.variable, tile.weights, frame.values[tile.old].ravel())
         values[tile.new] = new.reshape(values[tile.new].shape)
-    return replace(frame, grid=grid, values=values)
+    return replace(frame, grid=grid, values=values, scale_factor=None)
 
 
 def _combined(variable: Variable, weights: csr_array, old: Field) -> Coordinates:

@@ -25,6 +25,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "progress",
                 "palette",
                 "grid",
+                "packing",
                 "cf",
                 "repository",
                 "motion",

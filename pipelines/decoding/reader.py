@@ -337,6 +337,7 @@ def _head(frame: Frame) -> dict[str, object]:
         "source": frame.source,
         "sha256": frame.sha256,
         "group": frame.group,
+        "scale_factor": frame.scale_factor,
     }
 
 
@@ -367,6 +368,7 @@ def _frame(head: dict[str, Any], grid: Grid, values: NDArray[np.float32]) -> Fra
         source=str(head["source"]),
         sha256=str(head["sha256"]),
         group=str(head["group"]),
+        scale_factor=None if head["scale_factor"] is None else float(head["scale_factor"]),
     )
 
 

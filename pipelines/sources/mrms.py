@@ -128,6 +128,7 @@ class Mrms:
                 values=_values(sections, product),
                 source=f"NOAA MRMS {product.name}",
                 sha256=hashlib.sha256(read).hexdigest(),
+                scale_factor=None if product.variable.classes else 10.0**-product.digits,
             )
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error

@@ -254,8 +254,13 @@ def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
         make_static(tmp_path / name, grid)
         export(str(tmp_path / name), str(tmp_path / f"{name}_static.nc"), "static")
     export(make_runs(tmp_path / "runs").path, str(tmp_path / "run.nc"))
+    dry = replace(frame(cf.RAINFALL_RATE, 0), values=np.zeros(PROJECTED.shape, np.float32), scale_factor=0.1)
+    packed = str(tmp_path / "packed")
+    Cube.open_or_create(packed, PROJECTED, dry.variable, START, CADENCE, scale_factor=0.1).write([dry])
+    export(packed, str(tmp_path / "packed.nc"))
+    Cube.open(packed).between(START, START).to_netcdf(tmp_path / "packed_between.nc")
     files = sorted(tmp_path.glob("*.nc"))
-    assert len(files) == 3 * (3 * 2 + 1) + 1
+    assert len(files) == 3 * (3 * 2 + 1) + 1 + 2
 
     checker, report = Path(sys.executable).with_name("compliance-checker"), tmp_path / "report.json"
     subprocess.run(
