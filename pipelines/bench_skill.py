@@ -189,7 +189,7 @@ def _measured(
     near = [lead for lead in model.lead_times if lead <= FARTHEST]
     span = Span.of_those(cube, model.frames, near)
     leads = tuple(lead * cube.cadence.total_seconds() / 60 for lead in span.leads)
-    inits = _inits(cube, span, runs)
+    inits = init_times(cube, span, runs)
     if not inits:
         raise ValueError(
             f"{cube.path}: no time with {model.frames} frames up to it and {leads[-1]:g} min behind"
@@ -230,7 +230,7 @@ def _measured(
     return Event(name, len(inits), int(pixels.sum()), leads, _table(skill, resamples), reached)
 
 
-def _inits(cube: Observations, span: Span, runs: int) -> list[datetime]:
+def init_times(cube: Observations, span: Span, runs: int) -> list[datetime]:
     """So many init times, evenly over those with every past frame and every target."""
     needed = [*range(-span.frames + 1, 1), *span.leads]
     whole = [
