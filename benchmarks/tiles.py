@@ -82,7 +82,9 @@ def _changes(field: NDArray[np.float32]) -> NDArray[np.float64]:
     """From each column to the next, the mean over the rows; NaN where nothing is known."""
     steps = np.abs(np.diff(field.astype(np.float64)))
     seen = (~np.isnan(steps)).sum(axis=0)
-    return np.divide(np.nansum(steps, axis=0), seen, out=np.full(seen.size, np.nan), where=seen > 0)
+    means: NDArray[np.float64] = np.full(seen.size, np.nan)
+    np.divide(np.nansum(steps, axis=0), seen, out=means, where=seen > 0)
+    return means
 
 
 def raced(model: TrainedModel, cube: Observations, count: int, tile: int) -> None:
