@@ -31,10 +31,9 @@ from pipelines.coordinates import (
     seconds,
     write_grid,
 )
+from pipelines.counts import DTYPE, NOT_OBSERVED, packed, packed_attributes, plain_attributes, unpacked
 from pipelines.frame import Frame
 from pipelines.grid import Grid, from_path
-from pipelines.packing import DTYPE, packed, plain_attributes, unpacked
-from pipelines.packing import attributes as packing
 from pipelines.quality import CellFlag, cell_flags, flag_attributes, frame_flags, statistics
 from pipelines.repository import ARCHIVED, COUNTED, Repository, create_array
 from pipelines.version import version
@@ -176,12 +175,12 @@ class Cube:
     ) -> "Cube":
         """The cube at `path`; a new one, without frames, where nothing is.
 
-        `start` is the first time of a new cube's axis, and of `scale_factor` all its values are whole
-        multiples, which takes less room; an existing one keeps its own.
+        A new cube's axis begins at `start`; with a `scale_factor` it holds whole multiples of that alone, in
+        less room. An existing one keeps its own of both.
 
         Raises:
             ValueError: if it exists with another grid, variable or cadence, if another group there has
-                another grid, or if it is no cube.
+                another grid, if it is no cube, or if the variable's valid range is none of such multiples.
         """
         if not GROUP_NAME.fullmatch(group) or group == STATIC:
             raise ValueError(
@@ -305,12 +304,12 @@ class Cube:
             raise ValueError(f"{of}: sha256={frame.sha256!r}, expected 64 hexadecimal digits, not all 0")
         index = self._axis.index(frame.valid_time)
         self._axis.reaching(index, index)
-        if self.scale_factor is not None:
+        if self.scale_factor not in (None, frame.scale_factor):
             try:
                 packed(frame.values, self.scale_factor)
             except ValueError as error:
                 raise ValueError(
-                    f"{of}: {error}, as the cube's are; write it to a cube of its own"
+                    f"{of}: {error}, and the cube holds only such; write it to a cube of its own"
                 ) from error
 
     def block(
@@ -338,7 +337,10 @@ class Cube:
         if low < high:
             times = slice(begin + low * step, begin + (high - 1) * step + 1, step)
             found = np.asarray(self._array[times, y0 : y0 + ny, x0 : x0 + nx])
-            block[low:high] = found if self.scale_factor is None else unpacked(found, self.scale_factor)
+            if self.scale_factor is None:
+                block[low:high] = found
+            else:
+                unpacked(found, self.scale_factor, block[low:high])
         return block
 
     def between(self, start: datetime, end: datetime) -> xr.Dataset:
@@ -417,9 +419,12 @@ def _create(
     field = {**variable.attributes(), "valid_range": list(variable.valid_range)}
     shape, chunk = (0, *grid.shape), (1, *chunks(grid, SIDE))
     field = located({**field, "ancillary_variables": "quality_flag"})
-    dtype, compressors = ("f4", ARCHIVED) if scale_factor is None else (DTYPE, COUNTED)
-    field |= {} if scale_factor is None else packing(scale_factor, variable.valid_range)
-    create_array(group, variable.name, ("time", "y", "x"), shape, dtype, field, chunk, compressors)
+    dimensions = ("time", "y", "x")
+    if scale_factor is None:
+        create_array(group, variable.name, dimensions, shape, "f4", field, chunk, ARCHIVED)
+    else:
+        counted = packed_attributes(scale_factor, field)
+        create_array(group, variable.name, dimensions, shape, DTYPE, counted, chunk, COUNTED, NOT_OBSERVED)
     flags = {
         "standard_name": "quality_flag",
         "long_name": "what looks wrong with a value, which stays as it is",

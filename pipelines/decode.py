@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from pipelines.counts import packed
 from pipelines.decoding import checksums, sandbox
 from pipelines.decoding.reader import Limits, Readers
 from pipelines.decoding.refusal import Code, Refusal
@@ -81,6 +82,7 @@ class Decoder:
         else:
             frame = self._read(file)
             _check_observed(file, frame)
+            _check_steps(file, frame)
         self._check_place(file, frame)
         return frame
 
@@ -263,6 +265,15 @@ def _check_observed(file: RemoteFile, frame: Frame) -> None:
             Code.ALL_EQUAL,
             f"{name}: all of its {observed.size} observed cells are {observed[0]:g} {frame.variable.units}",
         )
+
+
+def _check_steps(file: RemoteFile, frame: Frame) -> None:
+    """Refuses values that are not what the reader says they are multiples of."""
+    if frame.scale_factor is not None:
+        try:
+            packed(frame.values, frame.scale_factor)
+        except ValueError as error:
+            raise Refusal(Code.INVALID, f"{Path(file.url).name}: {error}, which it is said to be") from error
 
 
 class _State(NamedTuple):

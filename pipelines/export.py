@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from zarr.errors import ZarrUserWarning
 
 from pipelines.coordinates import TIME_UNITS, seconds
+from pipelines.counts import plain_attributes, unpacked
 from pipelines.cube import RADAR, STATIC, STATISTICS, Cube
 from pipelines.destination import untaken
 from pipelines.frame import parse_time
 from pipelines.manifest import NAME, Manifest
-from pipelines.packing import plain_attributes, unpacked
 from pipelines.progress import track
 from pipelines.repository import COMPRESSORS, Repository
 from pipelines.runs import CONTENT, ForecastStore
@@ -185,13 +185,7 @@ def _frames_part(name: str, array: "zarr.Array[Any]", held: NDArray[np.int64], f
     if dimensions[:1] != ("time",):
         return _copied(name, array, attributes)
     if dimensions == ("time", "y", "x"):
-        factor: Any = attributes.get("scale_factor")
-        part = _steps(name, array, plain_attributes(attributes), 0, held)
-        if factor is None:
-            return part
-        return replace(
-            part, dtype=np.dtype(np.float32), read=lambda number: unpacked(part.read(number), factor)
-        )
+        return _steps(name, array, attributes, 0, held)
     values = np.asarray(array[:])[held]
     # Time stands right of what is no place or time (CF-1.11, section 2.4).
     return _made(name, dimensions[::-1], values.T, attributes)
@@ -252,17 +246,23 @@ def _made(name: str, dimensions: tuple[str, ...], values: NDArray[Any], attribut
 def _steps(
     name: str, array: "zarr.Array[Any]", attributes: dict[str, Any], axis: int, chosen: NDArray[np.int64]
 ) -> _Part:
-    """An array that is written index by index of one dimension, those chosen."""
+    """An array that is written index by index of one dimension, those chosen; counts as their values."""
     before: Region = (slice(None),) * axis
+    factor: Any = attributes.get("scale_factor")
+
+    def read(number: int) -> NDArray[Any]:
+        values = np.asarray(array[(*before, int(chosen[number]))])
+        return values if factor is None else unpacked(values, factor)
+
     shape = (*array.shape[:axis], chosen.size, *array.shape[axis + 1 :])
     return _Part(
         name,
         _dimensions(array),
         shape,
-        array.dtype,
-        attributes,
+        array.dtype if factor is None else np.dtype(np.float32),
+        plain_attributes(attributes),
         [(*before, number) for number in range(chosen.size)],
-        lambda number: np.asarray(array[(*before, int(chosen[number]))]),
+        read,
     )
 
 

@@ -47,7 +47,7 @@ COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
 # For what is kept for years. No shuffle: few different rates occur, so their bytes are packed best side by
 # side. It takes a seventh less than level 1, is read as fast and makes writing a frame a sixth slower.
 ARCHIVED = (ZstdCodec(level=7), Crc32cCodec())
-# For counts that are kept for years (pipelines.packing): a sixth less than by Zstandard at its highest level,
+# For counts that are kept for years (pipelines.counts): a sixth less than by Zstandard at its highest level,
 # and written sooner. Zarr-Python reads it as it comes, but Zarr's specification does not name it yet.
 LZMA2 = {
     "id": lzma.FILTER_LZMA2,
@@ -63,6 +63,13 @@ LZMA2 = {
 warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3", ZarrUserWarning)
 COUNTED = (Shuffle(elementsize=2), LZMA(format=lzma.FORMAT_RAW, filters=[LZMA2]), Crc32cCodec())
 Compressors = tuple[BytesBytesCodec, ...]
+RANGES = {
+    "valid_range",
+    "valid_min",
+    "valid_max",
+    "flag_values",
+    "flag_masks",
+}  # attributes of their array's type
 
 # A thread of Icechunk that still lets go of its last Python object when the interpreter ends aborts the
 # process (PyO3/pyo3-async-runtimes#40): give it the time to do so.
@@ -174,7 +181,7 @@ class Repository:
         # And a range has the type of its variable, or of the numbers that it is packed in.
         for array in dataset.data_vars.values():
             dtype = array.encoding["dtype"] if "scale_factor" in array.encoding else array.dtype
-            for name in {"valid_range", "flag_values", "flag_masks"} & set(array.attrs):
+            for name in RANGES & set(array.attrs):
                 array.attrs[name] = np.asarray(array.attrs[name], dtype)
         return dataset
 
@@ -278,17 +285,15 @@ def create_array(
     attributes: dict[str, Any],
     chunks: tuple[int, ...] | None = None,
     compressors: Compressors = COMPRESSORS,
+    fill_value: int = 0,
 ) -> "zarr.Array[Any]":
-    """An empty array with named dimensions.
-
-    Until written, floats read as NaN, and whole numbers as the `_FillValue` among the attributes, or as 0.
-    """
+    """An empty array with named dimensions; until written, floats read as NaN, others as `fill_value`."""
     return group.create_array(
         name,
         shape=shape,
         chunks=chunks or tuple(max(1, size) for size in shape),
         dtype=dtype,
-        fill_value=np.nan if dtype.startswith("f") else attributes.get("_FillValue", 0),
+        fill_value=np.nan if dtype.startswith("f") else fill_value,
         compressors=compressors,
         dimension_names=dimensions,
         attributes=attributes,

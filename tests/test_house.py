@@ -25,7 +25,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "progress",
                 "palette",
                 "grid",
-                "packing",
+                "counts",
                 "cf",
                 "repository",
                 "motion",

@@ -31,7 +31,7 @@ landlock = pytest.mark.skipif(
 # A source whose reader does what stands in the file: a word, and what to do it with.
 ACTOR = """
 import contextlib, ctypes, hashlib, os, socket, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
@@ -121,6 +121,8 @@ class Actor:
             values[:] = float(subject)
         grid = Grid("EPSG:3035", 0.0, 1000.0, 4, 0.0, -1000.0, 3)
         frame = Frame(RAINFALL_RATE, time_, cadence, grid, values, "actor", sha256)
+        if play == "count":
+            frame = replace(frame, scale_factor=float(subject))
         if play == "lie":
             values[0, 0] = -99
         if play == "swap":
@@ -178,6 +180,7 @@ FATES = {
     "babble": (Code.DAMAGED, "TypeError"),
     "inflate": (Code.INVALID, "no valid frame: 3 x 1099511627776 cells"),
     "swap": (Code.INVALID, "names the sha256 abab"),
+    "count 2": (Code.INVALID, "its value 7.5 is no whole multiple of 2 within 65534 of 0"),
     "foresee": (Code.FUTURE, "yet to come"),
     "fill 7.5": (Code.ALL_EQUAL, "all of its 11 observed cells are 7.5 mm h-1"),
     "fill nan": (Code.UNOBSERVED, "not one of its 12 cells was observed"),
@@ -292,6 +295,10 @@ def test_a_frame_on_other_cells_than_the_registered_ones_is_refused(actor, play)
     with Decoder(actor, grid=other) as decoder, pytest.raises(Refusal, match="expected") as caught:
         decoder.decode(play("well"))
     assert caught.value.code == Code.WRONG_GRID
+
+
+def test_what_values_are_multiples_of_is_told(actor, play):
+    assert [decode(actor, play(text)).scale_factor for text in ("count 0.5", "well")] == [0.5, None]
 
 
 def test_a_dry_field_is_no_alarm_and_what_never_changes_may_be_the_same_everywhere(actor, play):

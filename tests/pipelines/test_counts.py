@@ -1,28 +1,37 @@
-"""Packed values come back to the last bit, in a cube and out of it, or are refused."""
+"""Values kept as counts come back as they were, in a cube and out of it, or are refused."""
 
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import icechunk
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import cf
+from pipelines.counts import LARGEST, packed, packed_attributes, plain_attributes, unpacked
 from pipelines.cube import Cube
 from pipelines.decode import decode
 from pipelines.export import export
 from pipelines.frame import Frame
 from pipelines.grid import Grid
-from pipelines.packing import LARGEST, packed, unpacked
+from pipelines.ingest import ingest
 from pipelines.plain import open_cube
 from pipelines.regrid import regrid
+from pipelines.repository import Repository
 from pipelines.sources.mrms import Mrms
+from pipelines.sources.source import RemoteFile
 
 START, CADENCE = datetime(2020, 1, 1, tzinfo=UTC), timedelta(minutes=2)
 GRID = Grid("EPSG:3035", 4_000_000.1, 1000.3, 130, 3_000_000.7, -999.9, 110)
+COARSE = Grid(GRID.crs, GRID.x[1], 2 * GRID.x_step, 60, GRID.y[1], 2 * GRID.y_step, 50)
 TENTH = 0.1
 
 
@@ -70,7 +79,7 @@ def test_any_value_comes_back_or_is_refused(value, scale_factor):
     try:
         numbers = packed(field, scale_factor)
     except ValueError as error:
-        assert "no" in str(error) and f"multiples of {scale_factor:g}" in str(error)
+        assert f"is no whole multiple of {scale_factor:g} within" in str(error)
     else:
         np.testing.assert_array_equal(unpacked(numbers, scale_factor), field)
 
@@ -92,6 +101,57 @@ def test_a_cube_of_whole_tenths_reads_as_one_of_floats_and_takes_two_thirds_of_i
             np.testing.assert_array_equal(got, expected)
             np.testing.assert_array_equal(read.block(START, 2, (20, 30, 40, 50), 3), got[2:6:3, 20:60, 30:80])
     assert sizes["counts"] < 0.67 * sizes["floats"]
+
+
+def test_software_from_before_there_were_counts_does_not_take_them_for_values(tmp_path):
+    """It took the array over time, y and x that tells a valid range."""
+    cube = new(tmp_path / "cube")
+    group = zarr.open_group(Repository.open(cube.path).reader(cube.snapshot), path="radar", mode="r")
+    assert not [name for name, array in group.arrays() if "valid_range" in array.attrs]
+    assert Cube.open(cube.path).variable == cf.RAINFALL_RATE
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A source that counts in tenths."""
+
+    path: str | None = None
+    trusted: ClassVar[bool] = True
+
+    def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
+        yield from (RemoteFile(str(step), START + step * CADENCE) for step in (0, 1, 3))
+
+    def read(self, file: RemoteFile) -> Frame:
+        return frame(int(file.url))
+
+
+@pytest.mark.parametrize(("grid", "scale_factor"), [(None, TENTH), (COARSE, None)])
+def test_an_ingest_keeps_the_counts_and_means_of_them_as_they_are(tmp_path, grid, scale_factor):
+    path = str(tmp_path / "cube")
+    ingest(Counting(), path, grid=grid)
+    cube = Cube.open(path)
+    assert cube.scale_factor == scale_factor and cube.observed.tolist() == [True, True, False, True]
+    for step in (0, 1, 3):
+        expected = frame(step) if grid is None else regrid(frame(step), grid)
+        np.testing.assert_array_equal(cube.block(START + step * CADENCE, 1)[0], expected.values)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 130), (110, 1), (1, 1), (66, 3)])
+def test_a_strip_and_a_restated_frame_are_as_they_came(tmp_path, rows, columns):
+    cube = Cube.open_or_create(
+        str(tmp_path / "cube"),
+        GRID.window(0, 0, rows, columns),
+        cf.RAINFALL_RATE,
+        START,
+        CADENCE,
+        scale_factor=TENTH,
+    )
+    part = frame(0).window(0, 0, rows, columns)
+    cube.write([part])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(cube)).block(START, 1)[0], part.values)
+    blind = replace(part, values=np.full((rows, columns), np.nan, np.float32), sha256="cd" * 32)
+    assert cube.write([blind], restate=True).restated == 1
+    assert np.isnan(Cube.open(cube.path).block(START, 1)).all() and cube.observed.all()
 
 
 def test_any_reader_of_cf_unpacks_it(tmp_path):
@@ -125,11 +185,12 @@ def test_a_frame_that_does_not_tell_its_steps_is_taken_if_it_has_them_and_refuse
     cube = new(tmp_path / "cube")
     assert cube.write([frame(0), frame(1, scale_factor=None)]).new == 2
     other = tenths(2)
-    other[3, 4] = 0.25
-    with pytest.raises(
-        ValueError, match=r"00:04:00Z: 1 of \d+ values, such as 0.25, are not whole multiples"
-    ):
-        cube.write([frame(2, other, scale_factor=None)])
+    other[100, 4] = 0.25
+    for said in (None, TENTH):
+        with pytest.raises(
+            ValueError, match=r"its value 0\.25 is no whole multiple of 0\.1 within 3276\.7 of 0"
+        ):
+            cube.write([frame(3), frame(2, other, said)])
     assert Cube.open(cube.path).times == [START, START + CADENCE]
 
 
@@ -140,8 +201,12 @@ def test_no_frame_has_steps_that_are_none(scale_factor):
 
 
 def test_steps_that_cannot_tell_every_valid_value_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"such as 2000, are not whole multiples of 0\.01"):
+    with pytest.raises(ValueError, match=r"its value 2000 is no whole multiple of 0\.01"):
         new(tmp_path / "cube", 0.01)
+    with pytest.raises(ValueError, match=r"valid_range=\[0\.0, 999\.95\]|999\.95\d* is no whole multiple"):
+        packed_attributes(TENTH, {"valid_range": [0.0, 999.95]})
+    told = {"units": "mm h-1", "valid_range": [-0.1, 999.9]}
+    assert plain_attributes(packed_attributes(TENTH, told)) == told
 
 
 def test_a_cube_of_floats_goes_on_as_one(tmp_path):
@@ -154,8 +219,7 @@ def test_a_cube_of_floats_goes_on_as_one(tmp_path):
 
 
 def test_means_over_other_cells_are_no_whole_steps_any_more():
-    coarse = Grid(GRID.crs, GRID.x[1], 2 * GRID.x_step, 60, GRID.y[1], 2 * GRID.y_step, 50)
-    assert regrid(frame(0), coarse).scale_factor is None
+    assert regrid(frame(0), COARSE).scale_factor is None
     inside = GRID.window(10, 20, 30, 40)
     assert regrid(frame(0), inside).scale_factor == frame(0).window(10, 20, 30, 40).scale_factor == TENTH
 
