@@ -15,6 +15,8 @@ NOT_OBSERVED = -(2**15)  # the count that stands for NaN
 LARGEST = 2**15 - 1
 ROWS = 64  # packed at once, in the processor's cache
 DIGITS = 9  # after the point, of a valid range in its own units
+RANGE = ("valid_min", "valid_max")
+TOLD = {"scale_factor", "_FillValue", *RANGE}
 
 
 def packed(values: NDArray[np.float32], scale_factor: float) -> NDArray[np.int16]:
@@ -59,8 +61,8 @@ def packed_attributes(scale_factor: float, attributes: Mapping[str, Any]) -> dic
         ValueError: if the ends of the valid range cannot be packed.
     """
     told = dict(attributes)
-    low, high = packed(np.array([told.pop("valid_range")], np.float32), scale_factor)[0].tolist()
-    told |= {"scale_factor": scale_factor, "_FillValue": NOT_OBSERVED, "valid_min": low, "valid_max": high}
+    ends = packed(np.array([told.pop("valid_range")], np.float32), scale_factor)[0].tolist()
+    told |= {"scale_factor": scale_factor, "_FillValue": NOT_OBSERVED} | dict(zip(RANGE, ends, strict=True))
     if plain_attributes(told) != dict(attributes):
         raise ValueError(f"valid_range={attributes['valid_range']}: no whole multiples of {scale_factor:g}")
     return told
@@ -69,9 +71,7 @@ def packed_attributes(scale_factor: float, attributes: Mapping[str, Any]) -> dic
 def plain_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Of an array of the values, from those of one that may hold counts."""
     told = dict(attributes)
-    if "scale_factor" in told:
-        scale_factor = told.pop("scale_factor")
-        ends = (told.pop("valid_min"), told.pop("valid_max"))
+    if told.keys() >= TOLD:
+        scale_factor, _, *ends = (told.pop(name) for name in ("scale_factor", "_FillValue", *RANGE))
         told["valid_range"] = [round(count * scale_factor, DIGITS) for count in ends]
-        del told["_FillValue"]
     return told

@@ -205,6 +205,8 @@ def test_steps_that_cannot_tell_every_valid_value_are_refused(tmp_path):
         new(tmp_path / "cube", 0.01)
     with pytest.raises(ValueError, match=r"valid_range=\[0\.0, 999\.95\]|999\.95\d* is no whole multiple"):
         packed_attributes(TENTH, {"valid_range": [0.0, 999.95]})
+    strange = {"scale_factor": 0.5, "valid_range": [0, 9]}  # of somebody else's array
+    assert plain_attributes(strange) == strange
     told = {"units": "mm h-1", "valid_range": [-0.1, 999.9]}
     assert plain_attributes(packed_attributes(TENTH, told)) == told
 
