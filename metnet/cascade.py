@@ -10,6 +10,7 @@ Here the levels are differences of means over neighbourhoods, of what was observ
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ ALONE, UNEVEN = 5.0, 0.5  # minutes: a step where there is one frame; and by whi
 SHARP = len(FINE)  # levels that are kept at full resolution, the others in blocks
 LARGEST = (*SIDES[1:], WIDE * AREA)  # cells: sides of the largest lumps of each level
 LEVELS = len(LARGEST)
-COEFFICIENTS = 2 * LEVELS + 1  # of a lead time: of both frames at each level, and the spread
+CLOSE = 3  # blocks along a side of the area whose rain tells how far off its own forecast may be
+COEFFICIENTS = 2 * LEVELS + 2  # of a lead time: of both frames at each level, and the spreads
 
 
 def decibel(rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -78,6 +80,7 @@ class Lags:
     near: Float[Tensor, "batch level rows columns"]  # correlation of the newest frame and the one before
     far: Float[Tensor, "batch level rows columns"]  # and the one before that, or as near tells it
     spread: Float[Tensor, "batch level rows columns"]  # standard deviation of the newest frame, dB
+    close: Float[Tensor, "batch level rows columns"]  # the same of the blocks around alone
     gap: Float[Tensor, "batch"]  # minutes that near is over
 
     @classmethod
@@ -99,37 +102,49 @@ class Lags:
             usual = torch.exp(-gap / (LASTING * largest**LONGER))[:, None, None]
             near = _correlation(newest, before, known[:, 0], usual)
             far = _correlation(newest, oldest, known[:, 1], near**2)
-            told.append((near, far, _spread(newest, seen[:, 0])))
-        near, far, spread = (torch.stack(part, dim=1) for part in zip(*told, strict=True))
+            told.append((near, far, *(_spread(newest, seen[:, 0], area) for area in (AREA, CLOSE))))
+        near, far, spread, close = (torch.stack(part, dim=1) for part in zip(*told, strict=True))
         # the least for which what swings dies down
         least = (3 * near**2 - 2 + 2 * (1 - near**2) ** 1.5) / (near**2).clamp(min=1e-4)
-        return cls(near, torch.maximum(far, least), spread, gap)
+        return cls(near, torch.maximum(far, least), spread, close, gap)
 
     def after(
         self, minutes: Float[Tensor, "batch lead"]
     ) -> Float[Tensor, "batch lead coefficient rows columns"]:
-        """How much of both frames goes into each level of the forecast, and its spread.
+        """How much of both frames goes into each level of the forecast, and its spreads.
 
         For each lead time, in minutes after the newest frame: of the newest frame at each level, then of the
-        one before it, then the standard deviation (dB) of what the levels leave open.
+        one before it, then the standard deviation (dB) of what the levels leave open, by the rain of the wide
+        area and by that close by.
         """
         steps = (minutes / self.gap[:, None]).clamp(0.0, LONGEST - 1e-3)
         rest = 1 - self.near**2
         one, two = self.near * (1 - self.far) / rest, (self.far - self.near**2) / rest  # Yule-Walker
         now, then = _recurred(one, two, steps).unbind(dim=2)
         kept = now**2 + then**2 + 2 * now * then * self.near[:, None]
-        left = (self.spread[:, None] ** 2 * (1 - kept).clamp(0, 1)).sum(dim=2, keepdim=True).sqrt()
-        return torch.cat([now, then, left], dim=2)
+        left = [
+            (spread[:, None] ** 2 * (1 - kept).clamp(0, 1)).sum(dim=2, keepdim=True).sqrt()
+            for spread in (self.spread, self.close)
+        ]
+        return torch.cat([now, then, *left], dim=2)
+
+
+class Continued(NamedTuple):
+    """What rain goes on to, in dB of mm/h."""
+
+    rain: Float[Tensor, "sample Y X"]
+    spread: Float[Tensor, "sample Y X"]  # standard deviation of what is left open, as in the wide area
+    close: Float[Tensor, "sample Y X"]  # the same, as in the blocks around
 
 
 def continued(
     newest: Float[Tensor, "sample Y X"],
     before: Float[Tensor, "sample Y X"],
     coefficients: Float[Tensor, "sample coefficient rows columns"],
-) -> tuple[Float[Tensor, "sample Y X"], Float[Tensor, "sample Y X"]]:
-    """The rain that the levels of two carried frames (mm/h) go on to, and its spread, both in dB."""
+) -> Continued:
+    """The rain that the levels of two carried frames (mm/h) go on to, and its spreads, all in dB."""
     both = Levels.of(newest), Levels.of(torch.where(before.isnan(), newest, before))
-    now, then, left = torch.split(coefficients, [LEVELS, LEVELS, 1], dim=1)
+    now, then, left = torch.split(coefficients, [LEVELS, LEVELS, 2], dim=1)
     shape = both[0].mean.shape[1:]
     blurred = both[0].mean
     for parts, frame in zip((now, then), both, strict=True):
@@ -137,12 +152,12 @@ def continued(
         for weight, level in zip(weights, frame.blurred, strict=True):
             blurred = torch.addcmul(blurred, weight, level)
     told = torch.cat([risen(left, PER_BLOCK, shape), blurred[:, None]], dim=1)
-    spread, total = risen(told).unbind(dim=1)
+    spread, close, total = risen(told).unbind(dim=1)
     for parts, frame in zip((now, then), both, strict=True):
         weights = risen(parts[:, :SHARP], WIDE, newest.shape[1:]).unbind(dim=1)
         for weight, level in zip(weights, frame.sharp, strict=True):
             total = torch.addcmul(total, weight, level)
-    return total, spread
+    return Continued(total, spread, close)
 
 
 def _correlation(
@@ -160,12 +175,14 @@ def _correlation(
     return torch.where(known >= FEWEST, told, usual).clamp(-PERFECT, PERFECT)
 
 
-def _spread(level: Float[Tensor, "n y x"], seen: Float[Tensor, "n Y X"]) -> Float[Tensor, "n rows columns"]:
-    """The standard deviation of a level in wide areas (dB)."""
+def _spread(
+    level: Float[Tensor, "n y x"], seen: Float[Tensor, "n Y X"], area: int
+) -> Float[Tensor, "n rows columns"]:
+    """The standard deviation of a level in areas of so many blocks along a side (dB)."""
     side = seen.shape[1] // level.shape[1]
     share = F.avg_pool2d(seen[:, None], side)
     squares = torch.cat([level[:, None] ** 2 * share, share], dim=1)
-    square, count = areas(squares, WIDE // side, AREA).unbind(dim=1)
+    square, count = areas(squares, WIDE // side, area).unbind(dim=1)
     return (square / count.clamp(min=LEAST)).sqrt()
 
 
@@ -201,4 +218,7 @@ def areas(
     """Means over those of `count` x `count` blocks of `side` x `side` values that lie on the grid."""
     down, right = (-size % side for size in field.shape[2:])
     blocks = F.avg_pool2d(F.pad(field, (0, right, 0, down)), side)
-    return F.avg_pool2d(blocks, count, stride=1, padding=count // 2, count_include_pad=False)
+    for kernel in ((count, 1), (1, count)):  # one after the other: a square takes `count` / 2 times as long
+        margin = (kernel[0] // 2, kernel[1] // 2)
+        blocks = F.avg_pool2d(blocks, kernel, stride=1, padding=margin, count_include_pad=False)
+    return blocks

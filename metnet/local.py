@@ -16,10 +16,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from metnet.cascade import areas, continued, decibel
+from metnet.cascade import Continued, areas, decibel
 from metnet.prior import BLOCK, FEWEST, NEAR, REFERENCE, AdvectionPrior, Pixels, means, risen
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain, unscaled_rain
@@ -32,6 +32,8 @@ WIDTHS = (-3.0, 1.0)  # about the same; much wider ones have no mean
 LEAST_RATE = 0.05  # mm/h, added to a rate before its logarithm is taken
 SHUT = -12.0  # logit of a part's share, before anything is learned
 AJAR = -3.0  # and where a fit begins
+POOL = (-0.57, 0.885)  # of `chances`: logit of the share after 20 minutes, and slope by their logarithm
+SEEN, LATER = 5, -4  # places in what is told: behind the rates, is it observed; log(minutes ahead / 20)
 IMPOSSIBLE = 1e-9  # a probability that differences of others may miss
 WET = 0.03  # scaled: 0.13 mm/h
 RATES = (0.1, 0.5, 2.0, 5.0, 15.0)  # mm/h at which the prior's exceedance is told
@@ -48,7 +50,7 @@ WEIGHT_DECAY = 0.1
 
 def described(frames: int) -> int:
     """How many numbers `describe` tells of a pixel, of so many carried frames."""
-    return 6 * len(NEAR) - 1 + 2 + (frames - 1) + 6 + 4
+    return 6 * len(NEAR) - 1 + 2 + (frames - 1) + 7 + 4
 
 
 def known_rates(frames: int) -> int:
@@ -59,6 +61,9 @@ def known_rates(frames: int) -> int:
 class Local(nn.Module):
     """Gives some of the prior's probability to other rates; next to none, before anything is learned.
 
+    What it says is pooled with `metnet.chances.chances`, of which nothing is learned; by how much, is not
+    learned either.
+
     Args:
         bins: the classes of rain.
         frames: how many carried frames are told of.
@@ -67,6 +72,7 @@ class Local(nn.Module):
 
     centre: Tensor
     spread: Tensor
+    pool: Tensor
 
     def __init__(self, bins: RainBins, frames: int, hidden: int):
         super().__init__()
@@ -78,15 +84,19 @@ class Local(nn.Module):
         self.register_buffer("spread", torch.ones(inputs))
         self.first = nn.Conv2d(inputs, hidden, 1)
         self.last = nn.Conv2d(hidden, PARTS * (3 + self.rates), 1)
+        self.register_buffer("pool", torch.zeros(2))
         self._begin(SHUT)
 
     def forward(
-        self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
+        self,
+        told: Float[Tensor, "sample feature Y X"],
+        prior: Float[Tensor, "sample bin Y X"],
+        likely: Float[Tensor, "sample bin Y X"],
     ) -> Float[Tensor, "sample bin Y X"]:
-        """Log-probabilities of the classes, from what `describe` tells and those of the prior."""
+        """Log-probabilities of the classes, from what `describe` tells, those of the prior, and `chances`."""
         rows = max(1, CELLS_AT_ONCE // (len(told) * told.shape[3]))
-        bands = zip(torch.split(told, rows, dim=2), torch.split(prior, rows, dim=2), strict=True)
-        return torch.cat([self._mixed(self._hidden(*band), *band) for band in bands], dim=2)
+        bands = zip(*(torch.split(part, rows, dim=2) for part in (told, prior, likely)), strict=True)
+        return torch.cat([self._mixed(self._hidden(*band[:2]), *band) for band in bands], dim=2)
 
     def fit(
         self, pixels: Pixels, prior: AdvectionPrior, steps: int, rate: float = 3e-3, seed: int = 0
@@ -111,7 +121,7 @@ class Local(nn.Module):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (0.005 + 0.5 * (1 + math.cos(math.pi * step / steps)))
             some = torch.randint(0, len(pixels), (PIXELS_A_STEP,), generator=generator)
-            loss = self._cost(pixels.told[some], said[some], pixels.fell[some], generator)
+            loss = self._cost(pixels.some(some), said[some], generator)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -119,28 +129,28 @@ class Local(nn.Module):
                 for kept, newest in zip(average.parameters(), self.parameters(), strict=True):
                     kept.lerp_(newest, max(FOLLOWED, 1 / (1 + step)))
         self.load_state_dict(average.state_dict())
+        self.pool.copy_(torch.tensor(POOL))
 
     @torch.no_grad()
     def gain(self, pixels: Pixels, prior: AdvectionPrior) -> float:
         """By how much it makes what fell at some pixels likelier than the prior alone (nats a pixel)."""
         said = _said(prior, pixels)
-        with_it = self._cost(pixels.told, said, pixels.fell)
+        with_it = self._cost(pixels, said)
         return (F.nll_loss(said, pixels.fell) - with_it).item()
 
     def _cost(
         self,
-        told: Float[Tensor, "pixel feature"],
+        pixels: Pixels,
         said: Float[Tensor, "pixel bin"],
-        fell: Int[Tensor, "pixel"],
         dropping: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """The mean of -log P of what fell; of hidden numbers that are dropped, the others take the place."""
-        maps = _as_map(told), _as_map(said)
-        hidden = self._hidden(*maps)
+        maps = _as_map(pixels.told), _as_map(said), _as_map(pixels.likely)
+        hidden = self._hidden(*maps[:2])
         if dropping is not None:
             kept = torch.rand(hidden.shape, generator=dropping) >= DROPPED
             hidden = hidden * kept / (1 - DROPPED)
-        return F.nll_loss(self._mixed(hidden, *maps)[0, :, :, 0].T, fell)
+        return F.nll_loss(self._mixed(hidden, *maps)[0, :, :, 0].T, pixels.fell)
 
     def _begin(self, share: float) -> None:
         """All parts alike, with such a logit of their share, around the mean of what is known."""
@@ -148,6 +158,7 @@ class Local(nn.Module):
             for weight in self.last.parameters():
                 weight.zero_()
             self.last.get_parameter("bias")[2 * PARTS : 3 * PARTS] = share
+            self.pool.copy_(torch.tensor([SHUT, 0.0]))
 
     def _hidden(
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
@@ -161,8 +172,9 @@ class Local(nn.Module):
         hidden: Float[Tensor, "sample hidden Y X"],
         told: Float[Tensor, "sample feature Y X"],
         prior: Float[Tensor, "sample bin Y X"],
+        likely: Float[Tensor, "sample bin Y X"],
     ) -> Float[Tensor, "sample bin Y X"]:
-        """Log-probabilities of the prior and the parts together.
+        """Log-probabilities of the prior, the parts and `chances` together.
 
         A part is a logistic distribution of log(rate + `LEAST_RATE`), with all below the first edge dry. Its
         middle is a weighted mean of the known rates, times a factor.
@@ -178,7 +190,10 @@ class Local(nn.Module):
         above = [(torch.sigmoid((place - edge) * narrow) * shares[:, 1:]).sum(dim=1) for edge in self.edges]
         ends = [shares[:, 1:].sum(dim=1), *above, torch.zeros_like(above[0])]
         given = torch.stack([low - high for low, high in pairwise(ends)], dim=1)
-        return (shares[:, :1] * prior.exp() + given.clamp(min=IMPOSSIBLE)).log()
+        learned = shares[:, :1] * prior.exp() + given.clamp(min=IMPOSSIBLE)
+        level, slope = self.pool
+        seen, later = told[:, self.rates + SEEN].unsqueeze(1), told[:, LATER].unsqueeze(1)
+        return torch.lerp(learned, likely, seen * torch.sigmoid(level + slope * later)).log()
 
     def _inputs(
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
@@ -215,7 +230,7 @@ def describe(
     ahead: Float[Tensor, "batch lead Y X"],
     age: Float[Tensor, "batch frame"],
     paces: Float[Tensor, "batch 2 Y X"],
-    coefficients: Float[Tensor, "batch lead coefficient rows columns"],
+    onward: Continued,
 ) -> Float[Tensor, "sample feature Y X"]:
     """What is known around each pixel at each lead time, of frames that were carried there; never NaN.
 
@@ -229,7 +244,7 @@ def describe(
         ahead: minutes that the first of them was carried, at each pixel.
         age: minutes, of the frames.
         paces: as `pace` tells them.
-        coefficients: as `metnet.cascade.Lags.after` tells them.
+        onward: what the cascade goes on to, of each sample and lead time.
     """
     leads = carried.shape[2]
     frames = rearrange(carried, "batch frame lead y x -> (batch lead) frame y x")
@@ -244,12 +259,10 @@ def describe(
     trend = (value[:, :1] - value[:, -1:]) * both
     newest = value[:, :1]
     fields = torch.cat([seen[:, :1], newest, newest**2, ever, mean, change, wet, both, trend], dim=1)
-    older = min(1, frames.shape[1] - 1)
-    onward, spread = continued(frames[:, 0], frames[:, older], coefficients.flatten(0, 1))
     rates = [value[:, 1:], F.max_pool2d(newest, 5, stride=1, padding=2)]
-    rates.append(scaled_rain(10 ** (onward.clamp(-20, 22) / 10))[:, None])
-    told = [count / frames.shape[1], onward[:, None] / 10, spread[:, None] / 10]
-    told.append((onward - decibel(frames[:, 0]))[:, None] * seen[:, :1] / 10)
+    rates.append(scaled_rain(10 ** (onward.rain.clamp(-20, 22) / 10))[:, None])
+    told = [count / frames.shape[1], *(part[:, None] / 10 for part in onward)]
+    told.append((onward.rain - decibel(frames[:, 0]))[:, None] * seen[:, :1] / 10)
     for index, near in enumerate(means(fields)):
         share, rate, square, known, average, differ, rainy, shared, tend = torch.split(near, 1, dim=1)
         rate = rate / share.clamp(min=FEWEST)

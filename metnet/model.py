@@ -20,7 +20,8 @@ from metnet.attention.axial import AxialAttention
 from metnet.attention.positions import AxialPositionalEmbedding
 from metnet.attention.residual import ResidualBlock, ToldTrunk
 from metnet.batch import Batch
-from metnet.cascade import Lags
+from metnet.cascade import Lags, continued
+from metnet.chances import chances
 from metnet.conv_lstm import ConvLSTM
 from metnet.downsampler import Downsampler
 from metnet.head import Categorical, Head, Link, climatology, spelt
@@ -183,12 +184,14 @@ class MetNet(nn.Module):
         carried = rain.carried(whole.lead_time)
         newest, frame = _newest(carried)
         ahead, around = rain.ahead(whole.lead_time), (rain.age, rain.paces, rain.lags)
-        told = None if self.local is None else _told(carried, newest, frame, ahead, *around)
+        told = (
+            (None, None) if self.local is None else _told(self.bins, carried, newest, frame, ahead, *around)
+        )
         down, right = (
             full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
         )
         target = F.pad(batch.target, (0, right, 0, down), value=torch.nan)
-        return pixels(self.bins, newest, ahead, whole.cell_size, target, count, generator, frame, told)
+        return pixels(self.bins, newest, ahead, whole.cell_size, target, count, generator, frame, *told)
 
     def encode(self, batch: Batch) -> "Past":
         """The past, which no lead time changes: its memory, and what is seen at full resolution.
@@ -245,8 +248,9 @@ class MetNet(nn.Module):
         ahead = rain.ahead(lead_time)
         said = self.prior(newest, ahead, rain.cell_size, frame)
         if self.local is not None:
-            known = _told(carried, newest, frame, ahead, rain.age, rain.paces, rain.lags)
-            said = self.local(known, said.flatten(0, 1)).unflatten(0, (-1, lead))
+            around = rain.age, rain.paces, rain.lags
+            known, likely = _told(self.bins, carried, newest, frame, ahead, *around)
+            said = self.local(known, said.flatten(0, 1), likely).unflatten(0, (-1, lead))
         return self.link.logits(self.link.numbers(said) + self._heard(numbers))
 
     def _heard(
@@ -381,6 +385,7 @@ def _newest(
 
 
 def _told(
+    bins: RainBins,
     carried: Float[Tensor, "batch frame lead Y X"],
     newest: Float[Tensor, "batch lead Y X"],
     frame: UInt8[Tensor, "batch lead Y X"],
@@ -388,10 +393,14 @@ def _told(
     age: Float[Tensor, "batch frame"],
     paces: Float[Tensor, "batch 2 Y X"],
     lags: Lags,
-) -> Float[Tensor, "sample feature Y X"]:
-    """What is known around each pixel; `newest` and `frame` as `_newest` tells them."""
+) -> tuple[Float[Tensor, "sample feature Y X"], Float[Tensor, "sample bin Y X"]]:
+    """What is known around each pixel, and its `chances`; `newest` and `frame` as `_newest` tells them."""
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
-    return describe(filled, minutes_of(ahead, frame), age, paces, lags.after(ahead[:, 0]))
+    minutes, now = minutes_of(ahead, frame), newest.flatten(0, 1)
+    older = filled[:, min(1, filled.shape[1] - 1)].flatten(0, 1)
+    onward = continued(now, older, lags.after(ahead[:, 0]).flatten(0, 1))
+    told = describe(filled, minutes, age, paces, onward)
+    return told, chances(onward, now, minutes.flatten(0, 1), bins)
 
 
 class Stream(nn.Module):

@@ -11,13 +11,16 @@ from scipy.stats import logistic
 
 from metnet.advection import advect
 from metnet.batch import Batch
-from metnet.cascade import AREA, WIDE, Lags
+from metnet.cascade import AREA, WIDE, Lags, continued
 from metnet.head import Categorical, Ordinal, climatology
 from metnet.local import (
     FARTHEST,
     FARTHEST_SHIFT,
+    LATER,
     LEAST_RATE,
     PARTS,
+    POOL,
+    SEEN,
     USUAL_WIDTH,
     Local,
     describe,
@@ -25,7 +28,7 @@ from metnet.local import (
     pace,
 )
 from metnet.model import MetNet
-from metnet.prior import NEAR, AdvectionPrior, Pixels
+from metnet.prior import NEAR, REFERENCE, AdvectionPrior, Pixels
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain
 
@@ -61,9 +64,16 @@ def told_of(carried, **changed):
         "paces": torch.ones(1, 2, rows, columns),
         **changed,
     }
-    lags = Lags.of(carried[:, :, 0], arguments["age"])
-    arguments.setdefault("coefficients", lags.after(LEADS[None, :leads]))
-    return describe(carried, **arguments)
+    coefficients = arguments.pop("coefficients", None)
+    if coefficients is None:
+        coefficients = Lags.of(carried[:, :, 0], arguments["age"]).after(LEADS[None, :leads])
+    return describe(carried, **arguments, onward=onward_of(carried, coefficients))
+
+
+def onward_of(carried, coefficients):
+    """What the cascade makes of the newest two frames."""
+    now, before = (carried[:, frame].flatten(0, 1) for frame in (0, min(1, carried.shape[1] - 1)))
+    return continued(now, before, coefficients.flatten(0, 1))
 
 
 def a_batch(seed=0, change=1.0, side=32):
@@ -91,10 +101,11 @@ def some_pixels(made, seeds, count=400):
 
 
 def spoken(local):
-    """Makes every weight say something."""
+    """Makes every weight say something, and the cascade too."""
     torch.manual_seed(1)
     for weight in local.parameters():
         torch.nn.init.normal_(weight, std=0.3)
+    local.pool.copy_(torch.tensor(POOL))
 
 
 @every_link
@@ -107,6 +118,32 @@ def test_before_it_has_learned_the_forecast_is_that_of_a_network_without(link):
         torch.testing.assert_close(with_it(a_batch()).probability, expected, atol=2e-5, rtol=0)
         spoken(with_it.local)
         assert not torch.allclose(with_it(a_batch()).probability, expected, atol=0.01)
+
+
+def test_the_further_ahead_the_more_the_cascade_counts_and_nothing_where_nothing_was_seen():
+    made = Local(BINS, FRAMES, 8)
+    prior = torch.full((1, len(BINS), 1, 1), 1 / len(BINS)).log()
+    likely = torch.zeros(1, len(BINS), 1, 1)
+    likely[:, 2] = 1.0
+
+    def share(minutes, seen=1.0):
+        told = torch.zeros(1, described(FRAMES), 1, 1)
+        told[:, made.rates + SEEN], told[:, LATER] = seen, math.log(minutes / REFERENCE)
+        return ((made(told, prior, likely).exp()[0, 2, 0, 0] - 1 / len(BINS)) / (1 - 1 / len(BINS))).item()
+
+    assert share(60.0) == pytest.approx(0.0, abs=1e-4), "before anything was fitted"
+    made.pool.copy_(torch.tensor(POOL))
+    assert share(60.0, seen=0.0) == pytest.approx(0.0, abs=1e-4)
+    assert 0.1 < share(5.0) < 0.2 < share(20.0) < 0.4 < share(60.0) < 0.65
+
+
+def test_what_is_told_of_being_observed_and_of_the_lead_time_is_where_it_is_looked_for():
+    carried = carried_rain()
+    carried[:, :, :, 20:30, 10:40] = torch.nan
+    told = told_of(carried)
+    seen = (~carried[0, 0].isnan()).float()
+    torch.testing.assert_close(told[:, Local(BINS, FRAMES, 8).rates + SEEN], seen)
+    torch.testing.assert_close(told[:, LATER], (LEADS / REFERENCE).log()[:, None, None].expand(2, 64, 64))
 
 
 def missing(pattern, carried):
@@ -343,7 +380,7 @@ def test_a_part_is_a_logistic_distribution_of_the_logarithm_of_the_rate(shift, w
         [math.log(edge + LEAST_RATE) for edge in BINS.edges], middle, math.exp(USUAL_WIDTH + width)
     )
     expected = np.diff([0.0, *below, 1.0])
-    np.testing.assert_allclose(made(told, prior).exp().detach().flatten(), expected, atol=1e-5)
+    np.testing.assert_allclose(made(told, prior, prior.exp()).exp().detach().flatten(), expected, atol=1e-5)
 
 
 def test_numbers_far_off_count_as_the_farthest_that_may_be():
@@ -356,6 +393,7 @@ def test_numbers_far_off_count_as_the_farthest_that_may_be():
     prior = torch.full((1, len(BINS), 1, 1), 1 / len(BINS)).log()
     told = torch.zeros(3, described(FRAMES), 1, 1)
     told[:, made.rates :] = torch.tensor([1e6, 2.0 + 0.5 * FARTHEST, 5.0])[:, None, None, None]
-    far, farthest, near = made(told, prior.expand(3, -1, -1, -1))
+    told[:, [made.rates + SEEN, LATER]] = 1.0  # which are no numbers to be far off
+    far, farthest, near = made(told, *(part.expand(3, -1, -1, -1) for part in (prior, prior.exp())))
     torch.testing.assert_close(far, farthest)
     assert (far - near).abs().max() > 1e-3
