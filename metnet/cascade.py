@@ -216,9 +216,16 @@ def areas(
     field: Float[Tensor, "batch channel y x"], side: int, count: int
 ) -> Float[Tensor, "batch channel rows columns"]:
     """Means over those of `count` x `count` blocks of `side` x `side` values that lie on the grid."""
-    down, right = (-size % side for size in field.shape[2:])
-    blocks = F.avg_pool2d(F.pad(field, (0, right, 0, down)), side)
+    told = blocks(field, side)
     for kernel in ((count, 1), (1, count)):  # one after the other: a square takes `count` / 2 times as long
         margin = (kernel[0] // 2, kernel[1] // 2)
-        blocks = F.avg_pool2d(blocks, kernel, stride=1, padding=margin, count_include_pad=False)
-    return blocks
+        told = F.avg_pool2d(told, kernel, stride=1, padding=margin, count_include_pad=False)
+    return told
+
+
+def blocks(
+    field: Float[Tensor, "batch channel y x"], side: int
+) -> Float[Tensor, "batch channel rows columns"]:
+    """Means over `side` x `side` values, where those beyond the grid count as 0."""
+    down, right = (-size % side for size in field.shape[2:])
+    return F.avg_pool2d(F.pad(field, (0, right, 0, down)), side)

@@ -4,17 +4,18 @@ An ensemble of STEPS (Bowler, Pierce & Seed 2006, Q. J. R. Met. Soc. 132, 2127-2
 cascade goes on to, and then gives each member the rates of the newest frame, in the order of its own values.
 The share of its members that exceed a rate needs none of them: it is the chance that a normal distribution
 around the forecast exceeds that value which, over the whole area, is exceeded as often as the rate is in the
-newest frame. Nothing of it is learned, so no event can have been learned by heart.
+newest frame. It has no weights that could know an event by heart; how fast the spread grows (`DOUBLED`) and
+how much it counts (`metnet.local.POOL`) were chosen by hand (docs/benchmarks.md, "What the chances earn").
 """
 
 import math
+from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from metnet.cascade import AREA, WIDE, Continued, areas
+from metnet.cascade import AREA, WIDE, Continued, areas, blocks
 from metnet.prior import risen
 from metnet.rain import RainBins
 
@@ -69,20 +70,14 @@ def _values(
     reached = (frame[:, None] >= edges[:, None, None] * (1 - 1e-6)).to(rain.dtype)
     counts = seen + UNSEEN
     steps = [LOWEST + STEP * number for number in range(COUNT)]
-    above = [(0.5 + 0.5 * torch.erf((some - step) * narrow[few])) * counts for step in steps]
-    told = torch.stack([_blocks(field) for field in (seen, counts, *reached.unbind(dim=1), *above)], dim=1)
+    above = ((0.5 + 0.5 * torch.erf((some - step) * narrow[few])) * counts for step in steps)
+    fields = chain((seen, counts), reached.unbind(dim=1), above)  # in blocks as soon as each is there
+    told = torch.cat([blocks(field[:, None], WIDE // EVERY) for field in fields], dim=1)
     known, all_of_it, often, expected = torch.split(areas(told, 1, AREA), [1, 1, len(edges), COUNT], dim=1)
     curve = (expected / all_of_it).clamp(min=NEVER).log()  # falls from step to step
     usual = _at(curve, (10 * edges.log10() - LOWEST) / STEP)
     wanted = (often + FEW * usual.exp()) / (known + FEW)
     return LOWEST + STEP * _place(curve, wanted.clamp(min=NEVER).log())
-
-
-def _blocks(field: Float[Tensor, "n y x"]) -> Float[Tensor, "n rows columns"]:
-    """The means of blocks, of which the last may reach beyond the grid, where there is 0."""
-    side = WIDE // EVERY
-    down, right = (-size % side for size in field.shape[1:])
-    return F.avg_pool2d(F.pad(field, (0, right, 0, down)), side)
 
 
 def _at(curve: Float[Tensor, "n step y x"], places: Float[Tensor, "place"]) -> Float[Tensor, "n place y x"]:
