@@ -63,6 +63,10 @@ class Calibration:
 
     def __call__(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
         """The calibrated forecast; `lead_time` in minutes. A few rows at once, to spare memory."""
+        moved = [pair != ((0.0, 0.0), (0.0, 0.0)) for pair in zip(self.level, self.drift, strict=True)]
+        if not any(moved) and not self.class_weights:
+            return forecast
+        first = moved.index(True) if any(moved) else 0  # classes below this edge stay as they are
         calibrated = torch.empty_like(forecast.probability)
         batch, _, _, _, columns = calibrated.shape
         rows = max(1, CELLS_AT_ONCE // (batch * columns))
@@ -70,15 +74,18 @@ class Calibration:
             lead = slice(index, index + 1)
             bands = (torch.split(field[:, lead], rows, dim=3) for field in (forecast.probability, calibrated))
             for said, band in zip(*bands, strict=True):
-                band.copy_(_classes(self.apply(above(_unweighted(said, self.class_weights)), minutes)))
+                low, high = _unweighted(said, self.class_weights).tensor_split([first], dim=2)
+                band[:, :, :first] = low
+                band[:, :, first:] = self._moved(high, minutes, first)
         return BinnedForecast(calibrated, forecast.bins)
 
-    def apply(
-        self, said: Float[Tensor, "batch lead edge y x"], lead_time: Float[Tensor, ""]
-    ) -> Float[Tensor, "batch lead edge y x"]:
-        """Calibrated probabilities of exceeding each edge."""
-        offset, slope = self.line(lead_time[None]).to(said)[..., None, None].unbind(dim=2)
-        return _falling(torch.sigmoid(torch.addcmul(offset, slope, said.clamp(LEAST, MOST).logit())))
+    def _moved(
+        self, said: Float[Tensor, "batch lead bin y x"], lead_time: Float[Tensor, ""], first: int
+    ) -> Float[Tensor, "batch lead bin y x"]:
+        """The classes around the edges from `first` on, calibrated; together they are as likely as before."""
+        offset, slope = self.line(lead_time[None])[:, first:].to(said)[..., None, None].unbind(dim=2)
+        reached = torch.addcmul(offset, slope, above(said).clamp(LEAST, MOST).logit()).sigmoid()
+        return _classes(_falling(torch.cat([said.sum(dim=2, keepdim=True), reached], dim=2)))
 
     def line(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "lead edge 2"]:
         """Offset and slope of each edge at each lead time (minutes): logit q = offset + slope · logit p."""
@@ -251,6 +258,5 @@ def _falling(reached: Float[Tensor, "batch lead edge y x"]) -> Float[Tensor, "ba
 
 
 def _classes(reached: Float[Tensor, "batch lead edge y x"]) -> Float[Tensor, "batch lead bin y x"]:
-    """The probability of each class from those of exceeding the edges between them."""
-    certain = torch.ones_like(reached[:, :, :1])
-    return -reached.diff(dim=2, prepend=certain, append=0 * certain)
+    """The probability of each class from those of exceeding its lower edge."""
+    return -reached.diff(dim=2, append=0 * reached[:, :, :1])

@@ -132,9 +132,7 @@ def test_the_calibrated_forecast_is_a_distribution_and_agrees_with_the_pixels():
 
 def test_nothing_learned_leaves_the_forecast_as_it_is():
     forecast, _ = a_world()
-    torch.testing.assert_close(
-        identity(BINS)(forecast, LEADS).probability, forecast.probability, atol=2e-6, rtol=0
-    )
+    assert torch.equal(identity(BINS)(forecast, LEADS).probability, forecast.probability)
 
 
 def test_a_calibration_can_be_undone():
@@ -180,10 +178,17 @@ def test_a_network_that_learned_with_weights_says_what_they_made_of_it():
 
 
 def test_edges_that_are_not_kept_stay_as_they_are():
-    calibration = fitted(some(*a_world(0, 2.0, 0.5)))
+    forecast, target = a_world(0, 2.0, 0.5)
+    calibration = fitted(some(forecast, target))
     line, some_edges = calibration.line(LEADS), calibration.only([True, False, True]).line(LEADS)
     assert torch.equal(some_edges[:, [0, 2]], line[:, [0, 2]])
     torch.testing.assert_close(some_edges[:, 1], torch.tensor([0.0, 1.0]).expand(3, 2))
+
+    highest = calibration.only([False, False, True])
+    said = highest(forecast, LEADS)
+    assert torch.equal(said.probability[:, :, :2], forecast.probability[:, :, :2])
+    assert not torch.allclose(said.probability[:, :, 3], forecast.probability[:, :, 3], atol=1e-3)
+    torch.testing.assert_close(some(said, target).above, highest.of(some(forecast, target)).above)
 
 
 def test_the_card_gives_it_back():
