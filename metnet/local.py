@@ -11,6 +11,7 @@ too few weights to know an event by heart.
 import copy
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -259,7 +260,7 @@ def describe(
     trend = (value[:, :1] - value[:, -1:]) * both
     newest = value[:, :1]
     fields = torch.cat([seen[:, :1], newest, newest**2, ever, mean, change, wet, both, trend], dim=1)
-    rates = [value[:, 1:], F.max_pool2d(newest, 5, stride=1, padding=2)]
+    rates = [value[:, 1:], _highest(newest)]
     rates.append(scaled_rain(10 ** (onward.rain.clamp(-20, 22) / 10))[:, None])
     told = [count / frames.shape[1], *(part[:, None] / 10 for part in onward)]
     told.append((onward.rain - decibel(frames[:, 0]))[:, None] * seen[:, :1] / 10)
@@ -277,6 +278,15 @@ def describe(
     old = repeat(torch.log1p(age.mean(dim=1) / 5), "batch -> batch 1 y x", y=rows, x=columns)
     told.append(repeat(torch.cat([paces, old], dim=1), "batch c y x -> (batch lead) c y x", lead=leads))
     return torch.cat([*rates, *told], dim=1)
+
+
+def _highest(field: Float[Tensor, "n 1 Y X"]) -> Float[Tensor, "n 1 Y X"]:
+    """The highest value of the 5 x 5 cells around; pooling takes ten times as long on a CPU."""
+    around = F.pad(field, (2, 2, 2, 2), value=-torch.inf)
+    for dim in (2, 3):
+        size = around.shape[dim] - 4
+        around = reduce(torch.maximum, (around.narrow(dim, shift, size) for shift in range(5)))
+    return around
 
 
 @torch.no_grad()

@@ -330,7 +330,22 @@ def means(fields: Float[Tensor, "n channel Y X"]) -> list[Float[Tensor, "n chann
     """The mean of each field over the neighbourhoods of `NEAR`, where cells outside the grid count as 0."""
     blocks = F.avg_pool2d(fields, BLOCK)
     wide = [risen(box_mean(blocks, side)) for side in COARSE[:-1]]
-    # summed square by square: where rain is even, its spread is the rounding of these sums, which trained
-    # weights have seen
-    fine = [F.avg_pool2d(fields, side, stride=1, padding=side // 2) for side in FINE]
+    fine = [_square_mean(fields, side) for side in FINE]
     return [*fine, *wide]
+
+
+def _square_mean(field: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, "n channel Y X"]:
+    """As `box_mean`, cell after cell of each square.
+
+    Where rain is even, its spread is the rounding of these sums, which trained weights have seen: those of
+    `avg_pool2d`, bit for bit, which takes twice as long on a CPU.
+    """
+    if side == 1:
+        return field
+    margin, (rows, columns) = side // 2, field.shape[2:]
+    framed = F.pad(field, (margin,) * 4)
+    first, *others = (framed[..., y : y + rows, x : x + columns] for y, x in product(range(side), repeat=2))
+    total = first.clone()
+    for other in others:
+        total += other
+    return total / side**2

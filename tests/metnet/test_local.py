@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import uniform_filter
 from scipy.stats import logistic
 
@@ -144,6 +145,12 @@ def test_what_is_told_of_being_observed_and_of_the_lead_time_is_where_it_is_look
     seen = (~carried[0, 0].isnan()).float()
     torch.testing.assert_close(told[:, Local(BINS, FRAMES, 8).rates + SEEN], seen)
     torch.testing.assert_close(told[:, LATER], (LEADS / REFERENCE).log()[:, None, None].expand(2, 64, 64))
+
+
+def test_the_highest_rate_close_by_is_told_to_the_very_edge():
+    carried = carried_rain(side=20)
+    expected = F.max_pool2d(scaled_rain(carried[0, 0])[:, None], 5, stride=1, padding=2)[:, 0]
+    assert torch.equal(told_of(carried)[:, FRAMES - 1], expected)
 
 
 def missing(pattern, carried):
