@@ -67,16 +67,13 @@ class Calibration:
         if not any(moved) and not self.class_weights:
             return forecast
         first = moved.index(True) if any(moved) else 0  # classes below this edge stay as they are
-        calibrated = torch.empty_like(forecast.probability)
+        said = _unweighted(forecast.probability, self.class_weights)
+        calibrated = said if self.class_weights else said.clone()
         batch, _, _, _, columns = calibrated.shape
         rows = max(1, CELLS_AT_ONCE // (batch * columns))
         for index, minutes in enumerate(lead_time):
-            lead = slice(index, index + 1)
-            bands = (torch.split(field[:, lead], rows, dim=3) for field in (forecast.probability, calibrated))
-            for said, band in zip(*bands, strict=True):
-                low, high = _unweighted(said, self.class_weights).tensor_split([first], dim=2)
-                band[:, :, :first] = low
-                band[:, :, first:] = self._moved(high, minutes, first)
+            for band in torch.split(calibrated[:, index : index + 1, first:], rows, dim=3):
+                band.copy_(self._moved(band, minutes, first))
         return BinnedForecast(calibrated, forecast.bins)
 
     def _moved(
