@@ -3,12 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import uniform_filter
 
 from metnet.advection import advect
 from metnet.batch import Batch
 from metnet.model import STILL, MetNet, Moving, _to_carry, climatology
-from metnet.prior import SIDES, AdvectionPrior, Pixels, pixels
+from metnet.prior import FINE, SIDES, AdvectionPrior, Pixels, means, pixels
 from metnet.rain import RainBins
 
 BINS = RainBins((0.1, 1.0, 5.0), 50.0)
@@ -278,3 +279,9 @@ def test_cells_of_another_size_get_other_neighbourhoods():
         generator = torch.Generator()
         one, size = AHEAD[:, :, :1], torch.tensor([1000.0])
         prior.fit(pixels(BINS, nothing, one, size, nothing, 5, generator))
+
+
+def test_means_of_squares_are_those_that_trained_weights_have_seen_to_the_bit():
+    fields = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for said, side in zip(means(fields), FINE, strict=False):
+        assert torch.equal(said, F.avg_pool2d(fields, side, stride=1, padding=side // 2))
