@@ -21,7 +21,8 @@ class Batch:
     init_time: Int[Tensor, "batch"]  # seconds since 1970-01-01 UTC
     lead_time: Float[Tensor, "lead"]  # minutes after init_time, rising
     cell_size: Float[Tensor, "batch"]  # metres, side of a cell
-    motion: Float[Tensor, "batch 2 y x"] | None = None  # cells a minute, to the east and to the south
+    # cells a minute, to the east and to the south; and, where it is told, how much that is in doubt
+    motion: Float[Tensor, "batch component y x"] | None = None
     target: Float[Tensor, "batch lead y x"] | None = None  # mm/h at init_time + lead_time
     static: Float[Tensor, "batch field y x"] | None = None  # elevation (m), share of land, ...
     # satellite channels (K, reflectance, ...) and other radars (mm/h), each a band, oldest image first; one

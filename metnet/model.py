@@ -7,7 +7,7 @@ lead times then go through the rest as one batch.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from metnet.attention.positions import AxialPositionalEmbedding
 from metnet.attention.residual import ResidualBlock, ToldTrunk
 from metnet.batch import Batch
 from metnet.cascade import Lags, continued
-from metnet.chances import chances
+from metnet.chances import chances, displaced, grown_by, growth
 from metnet.conv_lstm import ConvLSTM
 from metnet.downsampler import Downsampler
 from metnet.head import Categorical, Head, Link, climatology, spelt
@@ -183,10 +183,11 @@ class MetNet(nn.Module):
         rain = self._moving(whole)
         carried = rain.carried(whole.lead_time)
         newest, frame = _newest(carried)
-        ahead, around = rain.ahead(whole.lead_time), (rain.age, rain.paces, rain.lags)
-        told = (
-            (None, None) if self.local is None else _told(self.bins, carried, newest, frame, ahead, *around)
-        )
+        ahead = rain.ahead(whole.lead_time)
+        told: tuple[Tensor | None, Tensor | None] = None, None
+        if self.local is not None:
+            changing = rain.age, rain.doubt, rain.changes
+            told = _told(self.bins, carried, newest, frame, ahead, *changing)
         down, right = (
             full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
         )
@@ -248,8 +249,8 @@ class MetNet(nn.Module):
         ahead = rain.ahead(lead_time)
         said = self.prior(newest, ahead, rain.cell_size, frame)
         if self.local is not None:
-            around = rain.age, rain.paces, rain.lags
-            known, likely = _told(self.bins, carried, newest, frame, ahead, *around)
+            changing = rain.age, rain.doubt, rain.changes
+            known, likely = _told(self.bins, carried, newest, frame, ahead, *changing)
             said = self.local(known, said.flatten(0, 1), likely).unflatten(0, (-1, lead))
         return self.link.logits(self.link.numbers(said) + self._heard(numbers))
 
@@ -265,7 +266,8 @@ class MetNet(nn.Module):
     def _moving(self, whole: Batch) -> "Moving":
         """The frames that are carried, of a batch with a motion."""
         assert whole.motion is not None
-        return Moving(*_to_carry(whole.radar, whole.age), whole.motion, whole.cell_size)
+        motion, doubt = whole.motion[:, :2], whole.motion[:, 2:].sum(dim=1)
+        return Moving(*_to_carry(whole.radar, whole.age), motion, doubt, whole.cell_size)
 
     def _coarse(
         self, past: "Past", lead_time: Float[Tensor, "lead"]
@@ -308,6 +310,7 @@ class Moving:
     radar: Float[Tensor, "batch frame Y X"]  # mm/h
     age: Float[Tensor, "batch frame"]  # minutes
     motion: Float[Tensor, "batch 2 Y X"]  # cells per minute
+    doubt: Float[Tensor, "batch Y X"]  # by how much it is in doubt, likewise
     cell_size: Float[Tensor, "batch"]  # metres
 
     @cached_property
@@ -316,14 +319,9 @@ class Moving:
         return self.carried(torch.zeros(1).to(self.age))[:, :, 0]
 
     @cached_property
-    def paces(self) -> Float[Tensor, "batch 2 Y X"]:
-        """How fast the rain changes, the same for all lead times."""
-        return pace(self.together)
-
-    @cached_property
-    def lags(self) -> Lags:
-        """How rain of each size hangs together from frame to frame, likewise."""
-        return Lags.of(self.together, self.age)
+    def changes(self) -> "Changes":
+        """How rain changes, the same for all lead times."""
+        return Changes.of(self.together, self.age)
 
     def ahead(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead"]:
         """By how many minutes each frame counts as ahead: as many as it is carried, or `STILL` times as many.
@@ -342,6 +340,19 @@ class Moving:
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
         """The frames carried along the motion to each lead time (mm/h)."""
         return _carried(self.radar, self.age, self.motion, lead_time)
+
+
+class Changes(NamedTuple):
+    """How rain changes, as frames tell that were carried to the init time."""
+
+    paces: Float[Tensor, "batch 2 Y X"]  # how fast
+    lags: Lags  # how rain of each size hangs together from frame to frame
+    growth: Float[Tensor, "batch 1 rows columns"]  # how fast the area grows that it rains on
+
+    @classmethod
+    def of(cls, frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]) -> "Changes":
+        """Those of frames (mm/h), the newest first, and their ages (minutes)."""
+        return cls(pace(frames), Lags.of(frames, age), growth(frames, age))
 
 
 def _to_carry(
@@ -391,16 +402,18 @@ def _told(
     frame: UInt8[Tensor, "batch lead Y X"],
     ahead: Float[Tensor, "batch frame lead"],
     age: Float[Tensor, "batch frame"],
-    paces: Float[Tensor, "batch 2 Y X"],
-    lags: Lags,
+    doubt: Float[Tensor, "batch Y X"],
+    changes: Changes,
 ) -> tuple[Float[Tensor, "sample feature Y X"], Float[Tensor, "sample bin Y X"]]:
     """What is known around each pixel, and its `chances`; `newest` and `frame` as `_newest` tells them."""
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
     minutes, now = minutes_of(ahead, frame), newest.flatten(0, 1)
     older = filled[:, min(1, filled.shape[1] - 1)].flatten(0, 1)
-    onward = continued(now, older, lags.after(ahead[:, 0]).flatten(0, 1))
-    told = describe(filled, minutes, age, paces, onward)
-    return told, chances(onward, now, minutes.flatten(0, 1), bins)
+    onward = continued(now, older, changes.lags.after(ahead[:, 0]).flatten(0, 1))
+    told = describe(filled, minutes, age, changes.paces, onward)
+    errs = doubt[:, None] * minutes
+    grown = grown_by(changes.growth, ahead[:, 0])
+    return told, chances(displaced(onward, errs.flatten(0, 1)), now, minutes.flatten(0, 1), bins, grown)
 
 
 class Stream(nn.Module):

@@ -271,7 +271,7 @@ def _kept(
     """
     flow = with_motion(batch).motion
     assert flow is not None
-    seen = hashlib.sha256(batch.radar.numpy().tobytes() + flow.numpy().tobytes()).hexdigest()[:12]
+    seen = hashlib.sha256(batch.radar.numpy().tobytes() + flow[:, :2].numpy().tobytes()).hexdigest()[:12]
     place = "-".join(str(number) for number in (*window, *batch.lead_time.int().tolist()))
     path = folder / f"{init:%Y%m%dT%H%MZ}-{place}-{forecaster}-{seen}.zarr".replace(" ", "")
     if not path.exists():

@@ -30,16 +30,14 @@ from torch import Tensor, nn
 from metnet import model as engine
 from metnet.advection import _motion_at, _sample
 from metnet.batch import Batch
-from metnet.cascade import Lags
-from metnet.local import pace
-from metnet.model import MetNet, Moving
+from metnet.model import Changes, MetNet, Moving
 from metnet.rain import BinnedForecast
 from pipelines.beside import means_around
 from pipelines.cube import RADAR
 from pipelines.destination import untaken
 from pipelines.export import Exported
 from pipelines.export import export as export_data
-from pipelines.motion import FRAMES, motion
+from pipelines.motion import FRAMES, motion_and_doubt
 from pipelines.observations import Observations
 from pipelines.past import RADAR_ALONE, past
 from pipelines.plain import rain_cube
@@ -59,7 +57,7 @@ log = logging.getLogger(__name__)
 MEANING = {
     "radar": "rain rate, mm/h; NaN: not observed; oldest frame first, row 0 in the north",
     "age": "minutes before the init time of each radar frame, falling",
-    "motion": "cells a minute to the east, then to the south; optical flow of the newest frames",
+    "motion": "cells a minute to the east, to the south, and in doubt; optical flow of the newest frames",
     "cell_size": "side of a cell, metres",
     "satellite": "satellite channels and other radars, each in its unit; NaN: not observed; oldest first",
     "satellite_age": "minutes before the init time of each image: of all channels, or of each",
@@ -223,16 +221,16 @@ class Graph(nn.Module):
             "init_time": torch.zeros(1, dtype=torch.int64),
         }
         seen = self.network.encode(Batch(**{**known, **given}))
-        rain, paces, lags = seen.rain, None, None
+        rain, changes = seen.rain, None
         if rain is not None and self.network.local is not None:
             together = Unrolled(rain, (0.0,), self.oldest).carried(torch.zeros(1))[:, :, 0]
-            paces, lags = pace(together), Lags.of(together, rain.age)
+            changes = Changes.of(together, rain.age)
         at_once = max(1, engine.PIXELS_AT_ONCE // seen.fine[:, 0].numel())
         parts = []
         for first in range(0, len(self.lead_times), at_once):
             leads = self.lead_times[first : first + at_once]
             if rain is not None:
-                seen = replace(seen, rain=cast(Moving, Unrolled(rain, leads, self.oldest, paces, lags)))
+                seen = replace(seen, rain=cast(Moving, Unrolled(rain, leads, self.oldest, changes)))
             parts.append(self.network.decode(seen, torch.tensor(leads)).softmax(dim=2))
         rows, columns = radar.shape[2:]
         said = torch.cat(parts, dim=1)[..., :rows, :columns]
@@ -249,8 +247,7 @@ class Unrolled:
     moving: Moving
     lead_times: tuple[float, ...]  # minutes
     oldest: float  # minutes: the largest age of a frame
-    paces: Float[Tensor, "batch 2 y x"] | None = None  # as `Moving.paces`, where a network asks for them
-    lags: Lags | None = None  # likewise
+    changes: Changes | None = None  # as `Moving.changes`, where a network asks for them
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.moving, name)
@@ -418,7 +415,7 @@ def _real(
     wettest = max(some, key=lambda time: float(np.nansum(cube.block(time, 1, window))))
     whole = past(cube, wettest, made.frames, lead_times)
     radar = whole.radar[..., y : y + rows, x : x + columns].contiguous()
-    flow = motion(radar[0, -FRAMES:].numpy(), whole.age[0, -FRAMES:].tolist())
+    flow = motion_and_doubt(radar[0, -FRAMES:].numpy(), whole.age[0, -FRAMES:].tolist())
     seen = replace(whole, radar=radar, motion=torch.from_numpy(np.ascontiguousarray(flow))[None])
     return _with_other_sources(made, seen)
 
@@ -431,7 +428,7 @@ def _made_up(made: TrainedModel, like: Batch) -> Batch:
     radar[torch.rand(radar.shape, generator=random) < 0.1] = torch.nan
     rows, columns = radar.shape[2:]
     down, right = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
-    turning = torch.stack([0.4 - 0.5 * down, 0.5 * right])[None]
+    turning = torch.stack([0.4 - 0.5 * down, 0.5 * right, 0.2 + 0.2 * down])[None]
     return _with_other_sources(made, replace(like, radar=radar, motion=turning))
 
 

@@ -25,7 +25,7 @@ from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
 from metnet.rain import BinnedForecast, RainBins, RainForecast
 from pipelines.construct import construct
-from pipelines.motion import FRAMES, motion
+from pipelines.motion import FRAMES, motion_and_doubt
 from pipelines.pretrained import run_folder
 from pipelines.version import version
 
@@ -183,7 +183,7 @@ def with_motion(batch: Batch) -> Batch:
     each = []
     for radar, age in zip(batch.radar.cpu(), batch.age.cpu(), strict=True):
         there = (~radar.isnan()).flatten(1).any(dim=1).nonzero()[-FRAMES:, 0]
-        each.append(motion(radar[there].numpy(), age[there].tolist()))
+        each.append(motion_and_doubt(radar[there].numpy(), age[there].tolist()))
     return replace(batch, motion=torch.from_numpy(np.stack(each)).to(batch.radar))
 
 

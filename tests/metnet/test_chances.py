@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from metnet.cascade import Continued, Lags, continued, decibel
-from metnet.chances import DOUBLED, _at, _place, chances
+from metnet.cascade import WIDE, Continued, Lags, continued, decibel
+from metnet.chances import DOUBLED, ERRS, LASTS, MOST, SURE, _at, _place, chances, displaced, grown_by, growth
 from metnet.rain import RainBins
 
 BINS = RainBins((0.1, 0.5, 1.0, 5.0, 20.0), 100.0)
@@ -22,11 +22,18 @@ def rain(seed=0, wet=-4.0, lump=6, side=SIDE):
     )
 
 
-def said(newest, spread, minutes=0.0, onward=None):
+def everywhere(newest, grown=0.0):
+    """The same growth in all areas."""
+    rows, columns = (-(-size // WIDE) for size in newest.shape[1:])
+    return torch.full((len(newest), 1, rows, columns), grown)
+
+
+def said(newest, spread, minutes=0.0, onward=None, grown=0.0):
     """The chances where rain goes on to `onward`, or to itself."""
     told = decibel(newest) if onward is None else onward
     open_ = torch.full_like(told, spread)
-    return chances(Continued(told, open_, open_), newest, torch.full_like(told, minutes), BINS)
+    ahead = torch.full_like(told, minutes)
+    return chances(Continued(told, open_, open_), newest, ahead, BINS, everywhere(newest, grown))
 
 
 def above(told):
@@ -117,7 +124,7 @@ def test_they_say_what_members_say_that_are_drawn():
     frames[:, 1], frames[:, 2] = (frames[:, 0].roll(n, -1) for n in (1, 2))
     coefficients = Lags.of(frames, AGE).after(torch.tensor([[20.0]]))[:, 0]
     onward = continued(frames[:, 0], frames[:, 1], coefficients)
-    told = above(chances(onward, frames[:, 0], torch.zeros(1, SIDE, SIDE), BINS))[0]
+    told = above(chances(onward, frames[:, 0], torch.zeros(1, SIDE, SIDE), BINS, everywhere(frames[:, 0])))[0]
     random = torch.Generator().manual_seed(0)
     ordered = frames[0, 0].flatten().sort().values
     drawn = torch.zeros_like(told)
@@ -136,7 +143,7 @@ def test_samples_are_told_of_by_themselves_and_the_spread_is_that_of_each_cell()
 
     def of(part, close):
         onward = Continued(decibel(pair[part]), torch.full_like(close, 99.0), close)
-        return chances(onward, pair[part], minutes[part], BINS)
+        return chances(onward, pair[part], minutes[part], BINS, everywhere(pair[part]))
 
     both = of(slice(None), close)
     for sample in (0, 1):
@@ -165,3 +172,91 @@ def test_rates_just_below_an_edge_by_rounding_have_reached_it():
     there = torch.arange(SIDE) % 2 == 0
     newest, whole = (rain(9).where(there, rate) for rate in (5.0 * (1 - 3e-7), 5.0))
     torch.testing.assert_close(said(newest, 2.0), said(whole, 2.0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("grown", [-0.3, 0.2])
+def test_an_area_that_grows_or_shrinks_changes_how_often_it_rains_little_and_not_how_often_it_rains_hard(
+    grown,
+):
+    newest = rain(10, wet=-6.0)
+    by = above(said(newest, 3.0, grown=grown)).mean(dim=(0, 2, 3)) / above(said(newest, 3.0)).mean(
+        dim=(0, 2, 3)
+    )
+    assert by[0] == pytest.approx(np.exp(grown), rel=0.05)
+    assert by[1] == pytest.approx(np.exp(0.3 * grown), rel=0.05)  # 0.5 mm/h lies at 0.7 of the way to 1
+    torch.testing.assert_close(by[2:], torch.ones(3), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("grown", [-MOST, MOST])
+@pytest.mark.parametrize("rate", [0.15, 0.7, 30.0])
+def test_rain_of_one_rate_everywhere_stays_a_distribution_however_it_grows(grown, rate):
+    newest = torch.full((1, 64, 64), rate)
+    told = said(newest, 2.0, grown=grown)
+    assert told.min() >= 0
+    torch.testing.assert_close(told.sum(dim=1), torch.ones(1, 64, 64))
+    assert (above(told).diff(dim=1) <= 1e-6).all()
+
+
+def test_growth_is_that_of_the_wet_area_seen_in_both_frames_the_less_believed_the_less_is_wet():
+    frames = torch.zeros(1, 3, 64, 64)
+    frames[:, 0, :, :32], frames[:, 1, :, :8], frames[:, 2, :, :16] = 2.0, 2.0, 2.0
+    told = growth(frames, AGE)
+    assert told.shape == (1, 1, 4, 4)
+    assert told.mean().item() == pytest.approx(np.log(0.501 / 0.251) / 10 * 0.5 / (0.5 + SURE), rel=1e-3)
+    frames[:, 0, 32:] = torch.nan  # half as much seen now: not a sign of less rain
+    torch.testing.assert_close(growth(frames, AGE), told)
+    frames[:, 2] = torch.nan  # the oldest shows nothing: the one before tells
+    assert growth(frames, AGE).mean().item() == pytest.approx(np.log(0.501 / 0.126) / 5 * 0.5 / 0.7, rel=1e-3)
+
+
+@pytest.mark.parametrize("frames", [torch.full((2, 3, 40, 40), torch.nan), torch.ones(2, 1, 40, 40)])
+def test_what_is_not_seen_twice_has_no_growth(frames):
+    told = growth(frames, AGE[:, : frames.shape[1]].repeat(2, 1))
+    torch.testing.assert_close(told, torch.zeros(2, 1, 3, 3))
+
+
+def test_growth_comes_to_an_end():
+    rate = torch.tensor([-0.02, 0.002])[:, None, None, None]
+    told = grown_by(rate, torch.tensor([[0.0, 5.0, 1e4]]).repeat(2, 1)).view(2, 3)
+    assert told[1].tolist() == pytest.approx([0.0, 0.002 * LASTS * (1 - np.exp(-5 / LASTS)), 0.002 * LASTS])
+    assert told[0, [0, 2]].tolist() == pytest.approx([0.0, -MOST])
+
+
+def test_rain_whose_motion_is_known_stays_where_it_is():
+    onward = Continued(decibel(rain(11)), torch.full((1, SIDE, SIDE), 4.0), torch.full((1, SIDE, SIDE), 3.0))
+    told = displaced(onward, torch.zeros(1, SIDE, SIDE))
+    for part, was in zip(told, onward, strict=True):
+        torch.testing.assert_close(part, was)
+
+
+@pytest.mark.parametrize("errs", [1.5, 6.0, 20.0])
+def test_a_motion_in_doubt_tells_what_members_tell_that_are_carried_elsewhere(errs):
+    """Mean and variance of the field around, as a normal displacement would have them."""
+    field = decibel(rain(12, side=256))
+    still = torch.full_like(field, 2.0)
+    told = displaced(Continued(field, still, still), torch.full_like(field, errs / ERRS))
+    near = (0, errs, errs)
+    mean = gaussian_filter(field.double().numpy(), near, mode="nearest")
+    square = gaussian_filter(field.double().numpy() ** 2, near, mode="nearest")
+    middle = (0, slice(64, -64), slice(64, -64))
+    spread = field[middle].std().item()
+    assert np.abs(told.rain[middle].numpy() - mean[middle]).mean() < 0.1 * spread
+    found, wanted = told.close[middle].numpy(), np.sqrt(4 + square - mean**2)[middle]
+    assert np.abs(found - wanted).mean() < 0.2 * wanted.mean()  # squares for a bell
+    torch.testing.assert_close(told.spread, still)
+
+
+def test_only_where_motion_is_in_doubt_and_beyond_the_grid_nothing_comes_from():
+    field = torch.full((1, 64, 96), 7.0)
+    still = torch.ones_like(field)
+    told = displaced(Continued(field, still, still), torch.full_like(field, 500.0))
+    torch.testing.assert_close(told.rain, field)
+    torch.testing.assert_close(told.close, still, atol=2e-2, rtol=0)
+    field = decibel(rain(13))
+    errs = torch.zeros_like(field)
+    errs[:, :, SIDE // 2 :] = 10.0
+    still = torch.ones_like(field)
+    told = displaced(Continued(field, still, still), errs)
+    known = (0, slice(None), slice(0, SIDE // 2 - 8))
+    torch.testing.assert_close(told.rain[known], field[known])
+    assert (told.close[0, :, SIDE // 2 + 8 :] > 1.2).float().mean() > 0.9

@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metnet.attention.axial import AxialAttention
 from metnet.batch import Batch
@@ -242,6 +243,26 @@ def test_with_stochastic_depth_a_training_sample_hears_twice_the_network_or_only
     assert all(left != right for left, right in zip(*near, strict=True)), "each sample is one or the other"
     assert any(near[0]) and any(near[1])
     assert torch.equal(net.eval().logits(batch), whole), "a forecast is never random"
+
+
+def test_a_motion_in_doubt_makes_the_far_future_unsurer_and_one_that_nobody_doubts_needs_no_third_component():
+    torch.manual_seed(0)
+    net = MetNet(
+        frames=3, channels=16, fine_channels=8, depth=1, attention=small_attention, grid=(8, 8)
+    ).eval()
+    assert net.local is not None
+    net.local.pool.copy_(torch.tensor([0.0, 1.0]))  # as a fit leaves it
+    batch = storms()
+    lumps = F.avg_pool2d(batch.radar[:, :1], 9, stride=1, padding=4).sub(1.0).clamp(min=0) * 5
+    batch = replace(batch, radar=lumps.repeat(1, 3, 1, 1))  # which last
+    motion = torch.full((2, 2, 32, 32), 0.01)
+    doubts = [motion, *(F.pad(motion, (0, 0, 0, 0, 0, 1), value=doubt) for doubt in (0.0, 0.05, 0.3))]
+    with torch.no_grad():
+        told = [net(replace(batch, motion=doubt)).probability for doubt in doubts]
+    assert torch.equal(told[0], told[1])
+    entropy = [-(p * p.log()).sum(dim=2).mean(dim=(0, 2, 3)) for p in told[1:]]
+    assert (entropy[1] > entropy[0] + 1e-4).all() and (entropy[2] > entropy[1] + 1e-3).all()
+    assert entropy[2][2] - entropy[0][2] > entropy[2][0] - entropy[0][0], "the farther ahead, the more"
 
 
 def slopes(net, batch):

@@ -12,7 +12,7 @@ from pipelines import motion as motion_module
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
 from pipelines.baselines.steps import Steps
-from pipelines.motion import motion
+from pipelines.motion import NOISE, motion, motion_and_doubt
 
 
 def rain_field(size: int = 160, seed: int = 0) -> np.ndarray:
@@ -147,12 +147,49 @@ def test_one_frame_or_no_rain_tells_no_motion():
     assert not motion(np.zeros((3, 30, 30), np.float32), [10.0, 5.0, 0.0]).any()
 
 
+@pytest.mark.parametrize("minutes, asked", [(5.0, 4), (10.0, 3), (15.0, 3)])
+def test_rain_that_turned_long_ago_moves_as_it_does_now(minutes, asked):
+    rain = drifting(3, -2, 4).numpy()
+    rain[0] = np.roll(rain[0], (12, 12), (0, 1))
+    age = minutes * np.arange(4)[::-1]
+    told = motion(rain, age.tolist())
+    for frames in (3, 4):
+        alike = np.array_equal(told, motion(rain[-frames:], age[-frames:].tolist()))
+        assert alike == (frames == asked or frames == 4)
+    missing = rain.copy()
+    missing[2] = np.nan  # three are asked whatever their age
+    assert not np.array_equal(motion(missing, age.tolist()), motion(missing[1:], age[1:].tolist()))
+
+
+@pytest.mark.parametrize("minutes", [5.0, 10.0])
+def test_motion_is_in_doubt_by_how_much_it_changed_between_the_newest_frames(minutes):
+    turning = drifting(3, -2, 3).numpy()
+    turning[2] = np.roll(turning[2], (0, 4), (0, 1))  # 7 cells to the east, after 3
+    age = [2 * minutes, minutes, 0.0]
+    steady, doubted = (motion_and_doubt(rain, age) for rain in (drifting(3, -2, 3).numpy(), turning))
+    np.testing.assert_array_equal(doubted[:2], motion(turning, age))
+    assert steady[2].max() < 0.1 / minutes
+    middle = doubted[2, 40:-40, 40:-40]
+    assert middle.mean() * minutes == pytest.approx(4 - NOISE, abs=0.7)
+    assert middle.min() > 0.7 * middle.max()
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2, 3])
+def test_what_shows_no_two_motions_is_in_no_doubt(frames):
+    rain = drifting(3, 1, 3).numpy()
+    rain[: 3 - frames] = np.nan
+    told = motion_and_doubt(rain, [10.0, 5.0, 0.0])
+    assert told.shape == (3, *rain.shape[1:]) and np.isfinite(told).all()
+    assert not told[2].any() or frames == 3
+    assert not motion_and_doubt(np.zeros_like(rain), [10.0, 5.0, 0.0]).any()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 40), (11, 12), (12, 12), (13, 700)])
 def test_any_grid_has_a_motion(shape, monkeypatch):
     monkeypatch.setattr(motion_module, "LARGEST_IMAGE", 100)
     rain = np.random.default_rng(0).gamma(1, 5, (3, *shape)).astype(np.float32)
-    flow = motion(rain, [10.0, 5.0, 0.0])
-    assert flow.shape == (2, *shape) and np.isfinite(flow).all()
+    flow = motion_and_doubt(rain, [10.0, 5.0, 0.0])
+    assert flow.shape == (3, *shape) and np.isfinite(flow).all()
 
 
 def test_samples_of_a_batch_are_forecast_alone():
