@@ -10,7 +10,7 @@ import torch
 from metnet.attention.axial import AxialAttention
 from metnet.batch import Batch
 from metnet.model import MetNet
-from pipelines.motion import motion
+from pipelines.motion import motion_and_doubt
 from pipelines.sources.fmi import Fmi
 from tests.metnet.learning import learn
 
@@ -37,7 +37,7 @@ def cut(data, side):
         init_time=torch.zeros(4, dtype=torch.int64),
         lead_time=torch.tensor(LEADS),
         cell_size=torch.full((4,), 1000.0),
-        motion=torch.from_numpy(np.stack([motion(sample.numpy(), AGES) for sample in radar])),
+        motion=torch.from_numpy(np.stack([motion_and_doubt(sample.numpy(), AGES) for sample in radar])),
         target=torch.from_numpy(squares[:, [3, 5, 8]]),
     )
 

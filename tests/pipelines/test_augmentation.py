@@ -13,7 +13,7 @@ from metnet.model import MetNet
 from pipelines.augmentation import AS_OBSERVED, Augmentation, Change, Leeway, widened
 from pipelines.beside import Beside
 from pipelines.drop_out import DropOut
-from pipelines.motion import FRAMES, motion
+from pipelines.motion import FRAMES, motion_and_doubt
 from pipelines.samples import Mixed, Samples, Span, check_apart, collate, split
 from pipelines.task import Task
 from tests.pipelines.fields import Field, showers, telling
@@ -252,7 +252,7 @@ def test_coarse_rain_moves_half_as_many_cells_a_minute():
     assert speeds[0] == pytest.approx(2 / 5, rel=0.2)
     assert speeds[1] == pytest.approx(speeds[0] / 2, rel=0.2)
     newest, ages = coarse.radar[0, -FRAMES:].numpy(), coarse.age[0, -FRAMES:].tolist()
-    assert np.array_equal(coarse.motion[0], motion(newest, ages))
+    assert np.array_equal(coarse.motion[0], motion_and_doubt(newest, ages))
 
 
 @given(rows=st.integers(16, 50), columns=st.integers(16, 50), seed=st.integers(0, 100), data=st.data())
@@ -313,7 +313,7 @@ def test_what_drops_out_drops_out_of_the_changed_sample():
     )
     for index in range(20):
         batch = samples[index]
-        told = motion(batch.radar[0, -FRAMES:].numpy(), batch.age[0, -FRAMES:].tolist())
+        told = motion_and_doubt(batch.radar[0, -FRAMES:].numpy(), batch.age[0, -FRAMES:].tolist())
         assert np.array_equal(batch.motion[0], told)
         assert not batch.radar.isnan().all() and not batch.target.isnan().any()
 

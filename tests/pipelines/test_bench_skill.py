@@ -159,7 +159,7 @@ def test_members_of_other_rain_or_another_motion_of_it_are_not_used_again(tmp_pa
     if other == "rain":
         one = replace(one, radar=radar.flip(1))
     else:
-        monkeypatch.setattr("pipelines.trained.motion", lambda *_: np.ones((2, 8, 8), np.float32))
+        monkeypatch.setattr("pipelines.trained.motion_and_doubt", lambda *_: np.ones((3, 8, 8), np.float32))
     _kept(tmp_path, start, (0, 0, 8, 8), forecaster, one)
     assert len(made) == 2
 

@@ -11,7 +11,7 @@ from metnet.model import MetNet
 from pipelines.beside import Beside
 from pipelines.drop_out import DropOut
 from pipelines.ingest import ingest
-from pipelines.motion import FRAMES, motion
+from pipelines.motion import FRAMES, motion_and_doubt
 from pipelines.plain import rain_cube
 from pipelines.sample_store import stored
 from pipelines.samples import Mixed, Samples, Span, check_apart, collate, loader, split
@@ -279,11 +279,11 @@ def test_everything_that_is_a_map_is_turned_alike_and_the_motion_is_that_of_the_
         coarse = batch.radar[0].unfold(1, 3, 3).unfold(2, 3, 3).mean(dim=(3, 4))
         assert torch.allclose(batch.surroundings[0], coarse, atol=1e-4)
         newest = batch.radar[0, -FRAMES:].numpy()
-        assert np.array_equal(batch.motion[0], motion(newest, batch.age[0, -FRAMES:].tolist()))
+        assert np.array_equal(batch.motion[0], motion_and_doubt(newest, batch.age[0, -FRAMES:].tolist()))
         # east on the map is where the longitude rises: the rain still drifts there
         lon = batch.place[0, 0]
         rising = torch.stack([lon.diff(dim=1).mean(), lon.diff(dim=0).mean()])
-        drift = batch.motion[0].mean(dim=(1, 2))
+        drift = batch.motion[0, :2].mean(dim=(1, 2))
         assert torch.nn.functional.cosine_similarity(rising, drift, dim=0) > 0.9
         east.add(
             tuple(drift.sign().int().tolist()) if drift.abs().min() > 0.02 else int(drift.abs().argmax())
@@ -301,7 +301,7 @@ def test_what_is_dropped_is_not_in_the_motion_either_and_the_target_stays():
     for one, other in zip(whole, holed, strict=True):
         assert torch.equal(one.target, other.target) and torch.equal(one.init_time, other.init_time)
         less += bool(other.radar.isnan().any())
-        told = motion(other.radar[0, -FRAMES:].numpy(), other.age[0, -FRAMES:].tolist())
+        told = motion_and_doubt(other.radar[0, -FRAMES:].numpy(), other.age[0, -FRAMES:].tolist())
         assert np.array_equal(other.motion[0], told)
     assert 15 < less <= 30
     again = Samples(cube, np.arange(5, 12), SPAN, crop=32, seed=2, drop_out=DropOut(0.3, 0.3, 0.3, 0.3))

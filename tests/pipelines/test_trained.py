@@ -16,7 +16,7 @@ from pipelines.baselines.persistence import Persistence
 from pipelines.beside import Beside, Sides
 from pipelines.construct import construct
 from pipelines.forecast import forecast
-from pipelines.motion import motion
+from pipelines.motion import motion_and_doubt
 from pipelines.past import cut
 from pipelines.plain import rain_cube
 from pipelines.trained import TrainedModel, trained, untrained
@@ -141,7 +141,7 @@ def test_motion_is_that_of_the_newest_frames_that_hold_anything():
     age = np.arange(6, -1, -1.0) * 5
     batch = replace(a_batch(), radar=torch.from_numpy(rain)[None], age=torch.from_numpy(age).float()[None])
     TrainedModel(Network(), {}, "")(batch)
-    np.testing.assert_array_equal(seen[0][0].numpy(), motion(rain[:4], age[:4].tolist()))
+    np.testing.assert_array_equal(seen[0][0].numpy(), motion_and_doubt(rain[:4], age[:4].tolist()))
     assert np.abs(seen[0].numpy()).max() > 0.1
 
 
