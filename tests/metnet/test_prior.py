@@ -208,10 +208,10 @@ def test_each_sample_and_each_part_of_a_grid_counts_as_ahead_by_the_motion_there
     cases = [(radar, still), (batch.radar, still), (radar, batch.motion), (batch.radar, batch.motion)]
     radars, motions = (torch.cat(each) for each in zip(*cases, strict=True))
     age = batch.age.expand(4, -1)
-    moving = Moving(*_to_carry(radars, age), motions, batch.cell_size.expand(4))
+    moving = Moving(*_to_carry(radars, age), motions, motions[:, 0].abs(), batch.cell_size.expand(4))
     factors = moving.ahead(LEADS)[:, 0] / (LEADS + batch.age[0, -1])
     assert factors.tolist() == [[STILL] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3]
-    one = Moving(radar[:, -1:], batch.age[:, -1:], still, batch.cell_size)
+    one = Moving(radar[:, -1:], batch.age[:, -1:], still, still[:, 0], batch.cell_size)
     assert torch.equal(one.ahead(LEADS)[0, 0], LEADS + batch.age[0, -1]), "of a network that sees one"
 
 

@@ -425,7 +425,8 @@ def test_all_tiles_are_told_the_motion_of_the_whole_grid(tmp_path, monkeypatch):
 def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, monkeypatch):
     """Rain in the east alone: the means of wide areas reach from one tile into the next.
 
-    The frequencies of `chances` reach as far again as the cascade does, which twice the margin would hold.
+    The frequencies of `chances` and how they grow reach as far again as the cascade does, which twice the
+    margin would hold; where all of a wide area is about to be wet, little decides of its last dry cells.
     """
     rain = gaussian_filter(np.random.default_rng(0).normal(size=(64, 1100)), 8, mode="wrap") * 120 + 2
     rain[:, :600] = 0.0
@@ -444,9 +445,9 @@ def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, mo
     wide = said("wide")
     monkeypatch.setattr(run_blocks, "HALO", 16)
     narrow = said("narrow")
-    assert np.nanmax(np.abs(tiles - once)) < 0.06 and np.nanquantile(np.abs(tiles - once), 0.99) < 0.001
+    assert np.nanmax(np.abs(tiles - once)) < 0.12 and np.nanquantile(np.abs(tiles - once), 0.99) < 0.001
     assert np.nanmax(np.abs(wide - once)) < 0.005
-    assert np.nanmax(np.abs(narrow - once)) > 0.1, "too little around a tile would be seen"
+    assert np.nanmax(np.abs(narrow - once)) > 0.2, "too little around a tile would be seen"
 
 
 def test_a_large_grid_is_written_lead_by_lead_to_the_same_run(tmp_path, monkeypatch):
