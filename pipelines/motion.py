@@ -36,7 +36,7 @@ def motion(rain: Field, age: Sequence[float]) -> Field:
         rain: mm/h (time, y, x), oldest first; NaN is "not observed", a frame of nothing else is missing.
         age: minutes before now of each frame, falling.
     """
-    return _moving(rain, age, doubted=False)
+    return motion_and_doubt(rain, age)[:2]
 
 
 def motion_and_doubt(rain: Field, age: Sequence[float]) -> Field:
@@ -46,10 +46,6 @@ def motion_and_doubt(rain: Field, age: Sequence[float]) -> Field:
     motion: the root mean square in wide surroundings, less what optical flow errs by anyway (`NOISE`). 0
     where fewer than three frames hold anything.
     """
-    return _moving(rain, age, doubted=True)
-
-
-def _moving(rain: Field, age: Sequence[float], doubted: bool) -> Field:
     y_size, x_size = rain.shape[1:]
     factor = math.ceil(max(y_size, x_size) / LARGEST_IMAGE)
     seen = [i for i in range(len(rain)) if not np.isnan(rain[i]).all()]
@@ -62,14 +58,14 @@ def _moving(rain: Field, age: Sequence[float], doubted: bool) -> Field:
         flow = optical_flow.calc(_framed(frames[older]), _framed(frames[newer]), None)
         far = flow[: weight.shape[0], : weight.shape[1]] * weight[..., None]
         pairs.append((far, weight * np.float32(age[older] - age[newer])))
-    told = np.zeros((3 if doubted else 2, y_size, x_size), np.float32)
+    told = np.zeros((3, y_size, x_size), np.float32)
     if not any(weight.any() for _, weight in pairs):
         return told
     far, weight = (np.stack(part).astype(np.float64).sum(axis=0) for part in zip(*pairs, strict=True))
     told[:2] = _enlarged(
         _spread(far.astype(np.float32), weight.astype(np.float32), factor) * factor, told.shape
     )
-    if doubted and len(pairs) > 1:
+    if len(pairs) > 1:
         noise = NOISE / min(age[older] - age[newer] for older, newer in pairwise(seen[-ENOUGH:]))
         doubt = _doubt(pairs[-2:], factor) - np.float32(noise)
         told[2] = _enlarged(np.maximum(doubt * factor, 0), told.shape)

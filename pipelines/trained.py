@@ -177,7 +177,7 @@ def _cut(batch: Batch, rows: slice, columns: slice) -> Batch:
 
 
 def with_motion(batch: Batch) -> Batch:
-    """The batch with the motion of its newest frames that hold anything, if nobody has told it yet."""
+    """The batch with motion and its doubt, of its newest frames that hold anything, if nobody told it yet."""
     if batch.motion is not None:
         return batch
     each = []

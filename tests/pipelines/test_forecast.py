@@ -426,7 +426,7 @@ def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, mo
     """Rain in the east alone: the means of wide areas reach from one tile into the next.
 
     The frequencies of `chances` and how they grow reach as far again as the cascade does, which twice the
-    margin would hold; where all of a wide area is about to be wet, little decides of its last dry cells.
+    margin would hold: by 0.10 at one place, 0.05 without growth.
     """
     rain = gaussian_filter(np.random.default_rng(0).normal(size=(64, 1100)), 8, mode="wrap") * 120 + 2
     rain[:, :600] = 0.0
