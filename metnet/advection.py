@@ -14,15 +14,15 @@ CELLS_AT_ONCE = 2**16  # a band of rows of this size stays in a processor's cach
 
 
 def advect(
-    field: Float[Tensor, "batch y x"],
+    field: Float[Tensor, "batch *frame y x"],
     motion: Float[Tensor, "batch 2 y x"],
     lead_time: Float[Tensor, "lead"],
     longest_step: float = 5.0,
-) -> Float[Tensor, "batch lead y x"]:
+) -> Float[Tensor, "batch *frame lead y x"]:
     """The field carried along a steady motion, for every lead time; differentiable in field and motion.
 
     Args:
-        field: in any unit; NaN is "not observed".
+        field: in any unit; NaN is "not observed". Several of a sample go the same way.
         motion: cells per minute, first along x (to the east), then along y (to the south); finite.
         lead_time: minutes; below 0 the field is carried back.
         longest_step: minutes of one midpoint step along a trajectory.
@@ -31,22 +31,28 @@ def advect(
         NaN where the value would come from outside the grid or from unobserved cells: where the
         bilinear weights of observed cells do not exceed 1/2.
     """
-    batch, y_size, x_size = field.shape
-    result = field.new_empty(batch, len(lead_time), y_size, x_size)
+    batch, *frames, y_size, x_size = field.shape
+    fields = field.reshape(batch, -1, y_size, x_size)
+    result = fields.new_empty(*fields.shape[:2], len(lead_time), y_size, x_size)
     height = max(1, CELLS_AT_ONCE // (batch * x_size))
-    framed = F.pad(field, (1, 1, 1, 1), value=torch.nan)  # outside the grid nothing is observed
+    framed = frame(fields)
     for first in range(0, y_size, height):
         rows = range(first, min(first + height, y_size))
         displacement = motion.new_zeros(batch, 2, len(rows), x_size)
         reached = 0.0
         for index, lead in enumerate(lead_time.tolist()):
-            displacement = _trace(motion, displacement, rows, lead - reached, longest_step)
+            displacement = trace(motion, displacement, rows, lead - reached, longest_step)
             reached = lead
-            result[:, index, first : rows.stop] = _sample(framed, displacement, rows)
-    return result
+            result[:, :, index, first : rows.stop] = sample(framed, displacement, rows)
+    return result.view(batch, *frames, *result.shape[2:])
 
 
-def _trace(
+def frame(fields: Float[Tensor, "batch frame y x"]) -> Float[Tensor, "batch frame framed_y framed_x"]:
+    """The fields with NaN one cell wide around them: outside the grid nothing is observed."""
+    return F.pad(fields, (1, 1, 1, 1), value=torch.nan)
+
+
+def trace(
     motion: Float[Tensor, "batch 2 y x"],
     displacement: Float[Tensor, "batch 2 row x"],
     rows: range,
@@ -56,12 +62,12 @@ def _trace(
     """Displacements (cells) traced further back by `minutes` (midpoint rule)."""
     steps = math.ceil(abs(minutes) / longest_step)
     for _ in range(steps):
-        halfway = displacement - _motion_at(motion, displacement, rows) * (minutes / steps / 2)
-        displacement = displacement - _motion_at(motion, halfway, rows) * (minutes / steps)
+        halfway = displacement - motion_at(motion, displacement, rows) * (minutes / steps / 2)
+        displacement = displacement - motion_at(motion, halfway, rows) * (minutes / steps)
     return displacement
 
 
-def _motion_at(
+def motion_at(
     motion: Float[Tensor, "batch 2 y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
 ) -> Float[Tensor, "batch 2 row x"]:
     """The motion at the displaced cells, bilinear; outside the grid that of its nearest cell."""
@@ -72,19 +78,19 @@ def _motion_at(
     return F.grid_sample(motion, place, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def _sample(
-    framed: Float[Tensor, "batch framed_y framed_x"],
+def sample(
+    framed: Float[Tensor, "batch frame framed_y framed_x"],
     displacement: Float[Tensor, "batch 2 row x"],
     rows: range,
-) -> Float[Tensor, "batch row x"]:
-    """The field, in a frame of NaN one cell wide, at the displaced cells; bilinear between observed ones.
+) -> Float[Tensor, "batch frame row x"]:
+    """The fields, in a frame of NaN one cell wide, at the displaced cells; bilinear between observed ones.
 
     Whole cells and the fraction of a cell are kept apart, so that a shift by whole cells is exact on
     any grid (`grid_sample` is not: a float32 place on a 7000-cell grid is off by up to 4e-4 cells, which
     gives every dry neighbour of rain some of it).
     """
-    width = framed.shape[2]
-    y_size, x_size = framed.shape[1] - 2, width - 2
+    width = framed.shape[3]
+    y_size, x_size = framed.shape[2] - 2, width - 2
     whole = displacement.detach().floor()
     x_share, y_share = (displacement - whole).unbind(dim=1)
     far = 2.0 * max(y_size, x_size)  # beyond the grid from anywhere; keeps the integers in range
@@ -93,12 +99,13 @@ def _sample(
     y_first = torch.arange(rows.start, rows.stop, device=framed.device)[:, None] + y_whole + 1
     columns = [(x_first + right).clamp(0, width - 1) for right in (0, 1)]
     lines = [(y_first + down).clamp(0, y_size + 1) * width for down in (0, 1)]
-    values = framed.flatten(1)
-    total, observed_share = torch.zeros_like(x_share), torch.zeros_like(x_share)
+    values = framed.flatten(2)
+    total = observed_share = torch.zeros_like(x_share)[:, None]
     for column, x_weight in zip(columns, (1 - x_share, x_share), strict=True):
         for line, y_weight in zip(lines, (1 - y_share, y_share), strict=True):
-            corner = values.gather(1, (line + column).flatten(1)).view_as(x_share)
-            weight = x_weight * y_weight * ~corner.isnan()
+            place = (line + column).flatten(1)[:, None].expand(-1, values.shape[1], -1)
+            corner = values.gather(2, place).view(*values.shape[:2], *x_share.shape[1:])
+            weight = (x_weight * y_weight)[:, None] * ~corner.isnan()
             total = total + weight * corner.nan_to_num()
             observed_share = observed_share + weight
     mean = total / observed_share.clamp(min=0.5)

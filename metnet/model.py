@@ -28,6 +28,7 @@ from metnet.head import Categorical, Head, Link, climatology, spelt
 from metnet.inputs import Inputs
 from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
 from metnet.local import Local, describe, pace
+from metnet.onward import onward
 from metnet.prior import NEAR, AdvectionPrior, Pixels, minutes_of, neighbourhoods, pixels
 from metnet.rain import BinnedForecast, RainBins
 from metnet.scaling import RainScaling, Unit
@@ -316,7 +317,12 @@ class Moving:
     @cached_property
     def together(self) -> Float[Tensor, "batch frame Y X"]:
         """The frames carried to the init time."""
-        return self.carried(torch.zeros(1).to(self.age))[:, :, 0]
+        return _together(self.radar, self.age, self.motion)
+
+    @cached_property
+    def onward(self) -> Float[Tensor, "batch 2 Y X"]:
+        """The motion that they go on with from there."""
+        return onward(self.motion, self.together, self.age)
 
     @cached_property
     def changes(self) -> "Changes":
@@ -338,8 +344,9 @@ class Moving:
         return torch.where(told[:, None, None], minutes, STILL * minutes)
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
-        """The frames carried along the motion to each lead time (mm/h)."""
-        return _carried(self.radar, self.age, self.motion, lead_time)
+        """The frames carried to the init time, and together from there to each lead time (mm/h)."""
+        with torch.no_grad():  # nothing in it is learned
+            return advect(self.together, self.onward, lead_time)
 
 
 class Changes(NamedTuple):
@@ -367,19 +374,18 @@ def _to_carry(
 
 
 @torch.no_grad()  # nothing in it is learned
-def _carried(
+def _together(
     radar: Float[Tensor, "batch frame Y X"],
     age: Float[Tensor, "batch frame"],
     motion: Float[Tensor, "batch 2 Y X"],
-    lead_time: Float[Tensor, "lead"],
-) -> Float[Tensor, "batch frame lead Y X"]:
-    """Each frame carried along the motion to each lead time (mm/h, minutes)."""
+) -> Float[Tensor, "batch frame Y X"]:
+    """Each frame carried along the motion by its age (mm/h, minutes)."""
     each = [
-        advect(field[None], flow[None], lead_time + minutes)
+        advect(field[None], flow[None], minutes[None])
         for fields, flow, ages in zip(radar, motion, age, strict=True)
         for field, minutes in zip(fields, ages, strict=True)
     ]
-    return rearrange(torch.cat(each), "(batch frame) lead y x -> batch frame lead y x", frame=radar.shape[1])
+    return rearrange(torch.cat(each), "(batch frame) 1 y x -> batch frame y x", frame=radar.shape[1])
 
 
 def _newest(

@@ -16,21 +16,21 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
-from metnet.advection import _motion_at, _sample
+from metnet.advection import frame, motion_at, sample, trace
 from metnet.batch import Batch
-from metnet.model import Changes, MetNet, Moving
+from metnet.model import MetNet, Moving
 from metnet.rain import BinnedForecast
 from pipelines.beside import means_around
 from pipelines.cube import RADAR
@@ -221,17 +221,18 @@ class Graph(nn.Module):
             "init_time": torch.zeros(1, dtype=torch.int64),
         }
         seen = self.network.encode(Batch(**{**known, **given}))
-        rain, changes = seen.rain, None
-        if rain is not None and self.network.local is not None:
-            together = Unrolled(rain, (0.0,), self.oldest).carried(torch.zeros(1))[:, :, 0]
-            changes = Changes.of(together, rain.age)
+        lead_time = torch.tensor(self.lead_times)
+        carried = None
+        if seen.rain is not None:
+            seen = replace(seen, rain=Unrolled.of(seen.rain, self.lead_times, self.oldest))
+            assert seen.rain is not None
+            carried = seen.rain.carried(lead_time)
         at_once = max(1, engine.PIXELS_AT_ONCE // seen.fine[:, 0].numel())
         parts = []
-        for first in range(0, len(self.lead_times), at_once):
-            leads = self.lead_times[first : first + at_once]
-            if rain is not None:
-                seen = replace(seen, rain=cast(Moving, Unrolled(rain, leads, self.oldest, changes)))
-            parts.append(self.network.decode(seen, torch.tensor(leads)).softmax(dim=2))
+        for leads in torch.split(torch.arange(len(lead_time)), at_once):
+            part = slice(int(leads[0]), int(leads[-1]) + 1)
+            rain = None if carried is None else carried[:, :, part]
+            parts.append(self.network.decode(seen, lead_time[part], rain).softmax(dim=2))
         rows, columns = radar.shape[2:]
         said = torch.cat(parts, dim=1)[..., :rows, :columns]
         if self.calibration is None:
@@ -241,49 +242,46 @@ class Graph(nn.Module):
 
 
 @dataclass(frozen=True)
-class Unrolled:
-    """A `Moving` whose trajectories have a known number of steps, so that a graph can hold them."""
+class Unrolled(Moving):
+    """A `Moving` of one sample whose trajectories have a known number of steps, as a graph must."""
 
-    moving: Moving
     lead_times: tuple[float, ...]  # minutes
     oldest: float  # minutes: the largest age of a frame
-    changes: Changes | None = None  # as `Moving.changes`, where a network asks for them
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.moving, name)
+    @classmethod
+    def of(cls, moving: Moving, lead_times: tuple[float, ...], oldest: float) -> "Unrolled":
+        """Those of another, to the lead times known."""
+        own = {field.name: getattr(moving, field.name) for field in fields(Moving)}
+        return cls(**own, lead_times=lead_times, oldest=oldest)
+
+    @cached_property
+    def together(self) -> Float[Tensor, "batch frame Y X"]:
+        """The frames carried to the init time.
+
+        Which frame is carried, and so its age, is known only when the graph runs: each is carried in as many
+        steps as the oldest, and those too many have no length.
+        """
+        rows, most = range(self.motion.shape[2]), math.ceil(self.oldest / LONGEST_STEP)
+        each = []
+        for field, age in zip(self.radar.unbind(dim=1), self.age[0], strict=True):
+            displacement = torch.zeros_like(self.motion)
+            steps = (age / LONGEST_STEP).ceil()
+            for step in range(most):
+                length = torch.where(step < steps, age / steps, 0.0)
+                halfway = displacement - motion_at(self.motion, displacement, rows) * (length / 2)
+                displacement = displacement - motion_at(self.motion, halfway, rows) * length
+            each.append(sample(frame(field[:, None]), displacement, rows))
+        return torch.cat(each, dim=1)
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
-        """As `Moving.carried`, of one sample, at the known lead times."""
-        each = [
-            self._along(frame[None], self.moving.motion, minutes)
-            for frame, minutes in zip(self.moving.radar[0], self.moving.age[0], strict=True)
-        ]
-        return torch.stack(each, dim=1)
-
-    def _along(
-        self, field: Float[Tensor, "1 y x"], motion: Float[Tensor, "1 2 y x"], age: Float[Tensor, ""]
-    ) -> Float[Tensor, "1 lead y x"]:
-        """As `metnet.advection.advect`, the whole map at a time.
-
-        Which frame is carried, and so its age, is known only when the graph runs. The way to the first lead
-        time has as many steps as that of the oldest frame; those too many have no length.
-        """
-        rows = range(field.shape[1])
-        framed = F.pad(field, (1, 1, 1, 1), value=torch.nan)
-        displacement = torch.zeros_like(motion)
-        reached, carried = -age, []
-        most = math.ceil((self.lead_times[0] + self.oldest) / LONGEST_STEP)
-        for lead, following in zip(self.lead_times, (*self.lead_times[1:], math.inf), strict=True):
-            minutes = lead - reached
-            steps = (minutes.abs() / LONGEST_STEP).ceil()
-            for step in range(most):
-                length = torch.where(step < steps, minutes / steps, 0.0)
-                halfway = displacement - _motion_at(motion, displacement, rows) * (length / 2)
-                displacement = displacement - _motion_at(motion, halfway, rows) * length
-            carried.append(_sample(framed, displacement, rows))
-            reached = torch.full_like(age, lead)
-            most = math.ceil((following - lead) / LONGEST_STEP) if following < math.inf else 0
-        return torch.stack(carried, dim=1)
+        """As `Moving.carried`, at the known lead times, the whole map at a time."""
+        framed, rows = frame(self.together), range(self.motion.shape[2])
+        displacement, reached, told = torch.zeros_like(self.motion), 0.0, []
+        for lead in self.lead_times:
+            displacement = trace(self.onward, displacement, rows, lead - reached, LONGEST_STEP)
+            told.append(sample(framed, displacement, rows))
+            reached = lead
+        return torch.stack(told, dim=2)
 
 
 def _network(made: TrainedModel) -> MetNet:

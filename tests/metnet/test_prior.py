@@ -9,6 +9,7 @@ from scipy.ndimage import uniform_filter
 from metnet.advection import advect
 from metnet.batch import Batch
 from metnet.model import STILL, MetNet, Moving, _to_carry, climatology
+from metnet.onward import onward
 from metnet.prior import FINE, SIDES, AdvectionPrior, Pixels, means, pixels
 from metnet.rain import RainBins
 
@@ -42,10 +43,13 @@ def test_before_training_the_forecast_is_the_widened_extrapolation():
     with torch.no_grad():
         probability = network(batch).probability[0]
     prior = network.prior
-    carried = advect(batch.radar[:, -1], batch.motion, LEADS)[0]
+    radar, ages = batch.radar[:, -3:].flip(1), batch.age[:, -3:].flip(1)
+    together = [advect(radar[:, n], batch.motion, ages[0, n : n + 1]) for n in range(3)]
+    further = onward(batch.motion, torch.cat(together, dim=1), ages)
+    carried = advect(radar[:, 0], further, LEADS)[0]
     minutes = torch.zeros_like(carried)  # since each value was seen
-    for back, age in ((2, 5.0), (3, 10.0)):
-        older = advect(batch.radar[:, -back], batch.motion, LEADS + age)[0]
+    for back, age in ((1, 5.0), (2, 10.0)):
+        older = advect(together[back][:, 0], further, LEADS)[0]
         filled = carried.isnan() & ~older.isnan()
         carried, minutes = torch.where(filled, older, carried), minutes.masked_fill(filled, age)
     usual = np.array(climatology(BINS))

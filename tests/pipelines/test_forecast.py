@@ -425,12 +425,17 @@ def test_all_tiles_are_told_the_motion_of_the_whole_grid(tmp_path, monkeypatch):
 def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, monkeypatch):
     """Rain in the east alone: the means of wide areas reach from one tile into the next.
 
-    The frequencies of `chances` and how they grow reach as far again as the cascade does, which twice the
-    margin would hold: by 0.10 at one place, 0.05 without growth.
+    The frequencies of `chances` reach as far again as the cascade does, which twice the margin would hold.
+    (In rain that never changes but for its place the cascade leaves 0.4 dB open, and hardly a cell lies
+    between dry and wet: which value is exceeded as often as 0.1 mm/h hangs on next to nothing there, and the
+    seam is 0.14 at one place.)
     """
-    rain = gaussian_filter(np.random.default_rng(0).normal(size=(64, 1100)), 8, mode="wrap") * 120 + 2
-    rain[:, :600] = 0.0
-    cube = make_cube(tmp_path / "cube", {5.0 * i: np.roll(rain, i, 1).clip(min=0) for i in range(4)})
+    random = np.random.default_rng(0)
+    rain = gaussian_filter(random.normal(size=(64, 1100)), 8, mode="wrap") * 120 + 2
+    changes = gaussian_filter(random.normal(size=(4, 64, 1100)), (0, 3, 3)) * 10
+    rain[:, :600] = changes[:, :, :600] = 0.0
+    frames = {5.0 * i: np.roll(rain + changes[i], i, 1).clip(min=0) for i in range(4)}
+    cube = make_cube(tmp_path / "cube", frames)
     model = trained(run_folder("pretrained"))
 
     def said(name: str) -> np.ndarray:
@@ -445,7 +450,7 @@ def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, mo
     wide = said("wide")
     monkeypatch.setattr(run_blocks, "HALO", 16)
     narrow = said("narrow")
-    assert np.nanmax(np.abs(tiles - once)) < 0.12 and np.nanquantile(np.abs(tiles - once), 0.99) < 0.001
+    assert np.nanmax(np.abs(tiles - once)) < 0.03 and np.nanquantile(np.abs(tiles - once), 0.99) < 0.005
     assert np.nanmax(np.abs(wide - once)) < 0.005
     assert np.nanmax(np.abs(narrow - once)) > 0.2, "too little around a tile would be seen"
 

@@ -1,0 +1,86 @@
+"""`onward`: the motion that rain goes on with, put right by what frames show that were carried along it.
+
+Optical flow from frame to frame is slowed by what stands still (echoes of the ground, rain that forms over
+the same hills), and such frames lie too close together to tell it from noise. Carried along it to one time,
+older frames lie a little beside the newest one; by how much, in wide surroundings, is what it lacks (Lucas &
+Kanade 1981, IJCAI, 674-679, by least squares over all older frames). The frames themselves are best brought
+together along the flow as it was (docs/benchmarks.md, "A motion put right").
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from metnet.cascade import DRY, decibel
+from metnet.prior import BLOCK, box_mean, risen
+
+SURROUNDINGS = 17  # blocks along a side, of means of means: what tells the motion of a place
+EVEN = 1.0  # (dB a block) squared: of rain as even as this, half of what it shows is believed
+SEEN = 0.5  # of a block must be
+FARTHEST = 2.0  # blocks, between two frames, that flow may lack: beyond it they show something else
+LEAST = 1e-12  # determinant of what tells nothing
+
+
+@torch.no_grad()
+def onward(
+    motion: Float[Tensor, "batch 2 Y X"],
+    frames: Float[Tensor, "batch frame Y X"],
+    age: Float[Tensor, "batch frame"],
+) -> Float[Tensor, "batch 2 Y X"]:
+    """The motion (cells a minute) from the time on that all frames were carried to along `motion`.
+
+    It is `motion` where there is but one frame, or nothing to see in them.
+
+    Args:
+        motion: along x to the east, along y to the south.
+        frames: mm/h, the newest first; NaN = not observed. The sides of the grid must be multiples of 4.
+        age: minutes by which each was carried.
+    """
+    newest, *others = (_blocks(frame) for frame in frames.unbind(dim=1))
+    sums = newest.new_zeros(len(newest), 6, *newest.shape[1:])
+    for older, old in zip(others, age[:, 1:].unbind(dim=1), strict=True):
+        gap = (old - age[:, 0]).clamp(min=0)[:, None, None, None]  # 0: the same frame again tells nothing
+        sums = sums + gap**2 * _seen(newest, older) * _slopes(newest, older, gap.clamp(min=1))
+    xx, xy, yy, x, y, weight = box_mean(box_mean(sums, SURROUNDINGS), SURROUNDINGS).unbind(dim=1)
+    xx, yy = xx + EVEN * weight, yy + EVEN * weight
+    determinant = (xx * yy - xy**2).clamp(min=LEAST)
+    lacking = torch.stack([xy * y - yy * x, xy * x - xx * y], dim=1) / determinant[:, None]
+    gaps = (age - age[:, :1]).masked_fill(age <= age[:, :1], torch.inf).amin(dim=1)[:, None, None, None]
+    return motion + BLOCK * risen(lacking.clamp(-FARTHEST / gaps, FARTHEST / gaps))
+
+
+def _blocks(rate: Float[Tensor, "batch Y X"]) -> Float[Tensor, "batch y x"]:
+    """Decibel in blocks; NaN of those that were not observed."""
+    seen = F.avg_pool2d((~rate.isnan()).to(rate.dtype), BLOCK)
+    return (F.avg_pool2d(decibel(rate), BLOCK) / seen).where(seen > SEEN, torch.nan)
+
+
+def _seen(one: Float[Tensor, "batch y x"], other: Float[Tensor, "batch y x"]) -> Float[Tensor, "batch 1 y x"]:
+    """1 where a block and all around it were observed in both, 0 elsewhere."""
+    lacking = (one.isnan() | other.isnan()).to(one.dtype)[:, None]
+    return 1 - F.max_pool2d(lacking, 3, stride=1, padding=1)
+
+
+def _slopes(
+    newest: Float[Tensor, "batch y x"], older: Float[Tensor, "batch y x"], gap: Float[Tensor, "batch 1 1 1"]
+) -> Float[Tensor, "batch 6 y x"]:
+    """Products of the slopes of two frames along x and y, and of those with the change from one to the other.
+
+    Of the change a minute; the last is 1.
+    """
+    mean = ((newest + older) / 2).nan_to_num(DRY)
+    along_x = F.pad((mean[:, :, 2:] - mean[:, :, :-2]) / 2, (1, 1))
+    along_y = F.pad((mean[:, 2:] - mean[:, :-2]) / 2, (0, 0, 1, 1))
+    change = (newest - older).nan_to_num() / gap[:, 0]
+    return torch.stack(
+        [
+            along_x**2,
+            along_x * along_y,
+            along_y**2,
+            along_x * change,
+            along_y * change,
+            torch.ones_like(mean),
+        ],
+        dim=1,
+    )
