@@ -35,7 +35,7 @@ def advect(
     fields = field.reshape(batch, -1, y_size, x_size)
     result = fields.new_empty(*fields.shape[:2], len(lead_time), y_size, x_size)
     height = max(1, CELLS_AT_ONCE // (batch * x_size))
-    framed = frame(fields)
+    framed = bordered(fields)
     for first in range(0, y_size, height):
         rows = range(first, min(first + height, y_size))
         displacement = motion.new_zeros(batch, 2, len(rows), x_size)
@@ -43,11 +43,11 @@ def advect(
         for index, lead in enumerate(lead_time.tolist()):
             displacement = trace(motion, displacement, rows, lead - reached, longest_step)
             reached = lead
-            result[:, :, index, first : rows.stop] = sample(framed, displacement, rows)
+            result[:, :, index, first : rows.stop] = sampled(framed, displacement, rows)
     return result.view(batch, *frames, *result.shape[2:])
 
 
-def frame(fields: Float[Tensor, "batch frame y x"]) -> Float[Tensor, "batch frame framed_y framed_x"]:
+def bordered(fields: Float[Tensor, "batch frame y x"]) -> Float[Tensor, "batch frame framed_y framed_x"]:
     """The fields with NaN one cell wide around them: outside the grid nothing is observed."""
     return F.pad(fields, (1, 1, 1, 1), value=torch.nan)
 
@@ -78,7 +78,7 @@ def motion_at(
     return F.grid_sample(motion, place, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def sample(
+def sampled(
     framed: Float[Tensor, "batch frame framed_y framed_x"],
     displacement: Float[Tensor, "batch 2 row x"],
     rows: range,

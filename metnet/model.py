@@ -28,7 +28,7 @@ from metnet.head import Categorical, Head, Link, climatology, spelt
 from metnet.inputs import Inputs
 from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
 from metnet.local import Local, describe, pace
-from metnet.onward import onward
+from metnet.mended import mended
 from metnet.prior import NEAR, AdvectionPrior, Pixels, minutes_of, neighbourhoods, pixels
 from metnet.rain import BinnedForecast, RainBins
 from metnet.scaling import RainScaling, Unit
@@ -316,13 +316,13 @@ class Moving:
 
     @cached_property
     def together(self) -> Float[Tensor, "batch frame Y X"]:
-        """The frames carried to the init time."""
+        """The frames carried along the motion to the time of the newest."""
         return _together(self.radar, self.age, self.motion)
 
     @cached_property
-    def onward(self) -> Float[Tensor, "batch 2 Y X"]:
+    def mended(self) -> Float[Tensor, "batch 2 Y X"]:
         """The motion that they go on with from there."""
-        return onward(self.motion, self.together, self.age)
+        return mended(self.motion, self.together, self.age)
 
     @cached_property
     def changes(self) -> "Changes":
@@ -344,13 +344,17 @@ class Moving:
         return torch.where(told[:, None, None], minutes, STILL * minutes)
 
     def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
-        """The frames carried to the init time, and together from there to each lead time (mm/h)."""
+        """The frames carried to the time of the newest, and all from there to each lead time (mm/h)."""
         with torch.no_grad():  # nothing in it is learned
-            return advect(self.together, self.onward, lead_time)
+            each = [
+                advect(frames[None], way[None], lead_time + ages[0])
+                for frames, way, ages in zip(self.together, self.mended, self.age, strict=True)
+            ]
+            return torch.cat(each)
 
 
 class Changes(NamedTuple):
-    """How rain changes, as frames tell that were carried to the init time."""
+    """How rain changes, as frames tell that were carried to one time."""
 
     paces: Float[Tensor, "batch 2 Y X"]  # how fast
     lags: Lags  # how rain of each size hangs together from frame to frame
@@ -379,11 +383,11 @@ def _together(
     age: Float[Tensor, "batch frame"],
     motion: Float[Tensor, "batch 2 Y X"],
 ) -> Float[Tensor, "batch frame Y X"]:
-    """Each frame carried along the motion by its age (mm/h, minutes)."""
+    """Each frame (mm/h) carried along the motion by as many minutes as it is older than the first."""
     each = [
         advect(field[None], flow[None], minutes[None])
-        for fields, flow, ages in zip(radar, motion, age, strict=True)
-        for field, minutes in zip(fields, ages, strict=True)
+        for fields, flow, gaps in zip(radar, motion, (age - age[:, :1]).clamp(min=0), strict=True)
+        for field, minutes in zip(fields, gaps, strict=True)
     ]
     return rearrange(torch.cat(each), "(batch frame) 1 y x -> batch frame y x", frame=radar.shape[1])
 

@@ -16,7 +16,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +28,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
-from metnet.advection import frame, motion_at, sample, trace
+from metnet.advection import bordered, motion_at, sampled, trace
 from metnet.batch import Batch
-from metnet.model import MetNet, Moving
+from metnet.mended import mended
+from metnet.model import Changes, MetNet, Moving
 from metnet.rain import BinnedForecast
 from pipelines.beside import means_around
 from pipelines.cube import RADAR
@@ -221,18 +222,17 @@ class Graph(nn.Module):
             "init_time": torch.zeros(1, dtype=torch.int64),
         }
         seen = self.network.encode(Batch(**{**known, **given}))
-        lead_time = torch.tensor(self.lead_times)
         carried = None
         if seen.rain is not None:
-            seen = replace(seen, rain=Unrolled.of(seen.rain, self.lead_times, self.oldest))
-            assert seen.rain is not None
-            carried = seen.rain.carried(lead_time)
+            rain = Unrolled(seen.rain, self.oldest)
+            carried = rain.carried(self.lead_times)
+            seen = replace(seen, rain=cast(Moving, rain))
         at_once = max(1, engine.PIXELS_AT_ONCE // seen.fine[:, 0].numel())
         parts = []
-        for leads in torch.split(torch.arange(len(lead_time)), at_once):
-            part = slice(int(leads[0]), int(leads[-1]) + 1)
-            rain = None if carried is None else carried[:, :, part]
-            parts.append(self.network.decode(seen, lead_time[part], rain).softmax(dim=2))
+        for first in range(0, len(self.lead_times), at_once):
+            part = slice(first, first + at_once)
+            told = None if carried is None else carried[:, :, part]
+            parts.append(self.network.decode(seen, torch.tensor(self.lead_times[part]), told).softmax(dim=2))
         rows, columns = radar.shape[2:]
         said = torch.cat(parts, dim=1)[..., :rows, :columns]
         if self.calibration is None:
@@ -242,46 +242,58 @@ class Graph(nn.Module):
 
 
 @dataclass(frozen=True)
-class Unrolled(Moving):
-    """A `Moving` of one sample whose trajectories have a known number of steps, as a graph must."""
+class Unrolled:
+    """A `Moving` of one sample whose trajectories have a known number of steps, so that a graph holds them.
 
-    lead_times: tuple[float, ...]  # minutes
+    Which frame is carried, and so its age, is known only when the graph runs: what depends on it is done in
+    as many steps as the oldest frame takes, and those too many have no length.
+    """
+
+    moving: Moving
     oldest: float  # minutes: the largest age of a frame
 
-    @classmethod
-    def of(cls, moving: Moving, lead_times: tuple[float, ...], oldest: float) -> "Unrolled":
-        """Those of another, to the lead times known."""
-        own = {field.name: getattr(moving, field.name) for field in fields(Moving)}
-        return cls(**own, lead_times=lead_times, oldest=oldest)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.moving, name)
 
     @cached_property
-    def together(self) -> Float[Tensor, "batch frame Y X"]:
-        """The frames carried to the init time.
-
-        Which frame is carried, and so its age, is known only when the graph runs: each is carried in as many
-        steps as the oldest, and those too many have no length.
-        """
-        rows, most = range(self.motion.shape[2]), math.ceil(self.oldest / LONGEST_STEP)
-        each = []
-        for field, age in zip(self.radar.unbind(dim=1), self.age[0], strict=True):
-            displacement = torch.zeros_like(self.motion)
-            steps = (age / LONGEST_STEP).ceil()
-            for step in range(most):
-                length = torch.where(step < steps, age / steps, 0.0)
-                halfway = displacement - motion_at(self.motion, displacement, rows) * (length / 2)
-                displacement = displacement - motion_at(self.motion, halfway, rows) * length
-            each.append(sample(frame(field[:, None]), displacement, rows))
+    def together(self) -> Float[Tensor, "1 frame Y X"]:
+        """As `Moving.together`."""
+        gaps = (self.moving.age[0] - self.moving.age[0, 0]).clamp(min=0)
+        each = [
+            sampled(bordered(field[:, None]), self._back(self.moving.motion, gap), self._rows)
+            for field, gap in zip(self.moving.radar.unbind(dim=1), gaps, strict=True)
+        ]
         return torch.cat(each, dim=1)
 
-    def carried(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead Y X"]:
-        """As `Moving.carried`, at the known lead times, the whole map at a time."""
-        framed, rows = frame(self.together), range(self.motion.shape[2])
-        displacement, reached, told = torch.zeros_like(self.motion), 0.0, []
-        for lead in self.lead_times:
-            displacement = trace(self.onward, displacement, rows, lead - reached, LONGEST_STEP)
-            told.append(sample(framed, displacement, rows))
+    @cached_property
+    def changes(self) -> Changes:
+        """As `Moving.changes`."""
+        return Changes.of(self.together, self.moving.age)
+
+    def carried(self, lead_times: Sequence[float]) -> Float[Tensor, "1 frame lead Y X"]:
+        """As `Moving.carried`, the whole map at a time."""
+        framed = bordered(self.together)
+        way = mended(self.moving.motion, self.together, self.moving.age)
+        displacement, reached, told = self._back(way, self.moving.age[0, 0]), 0.0, []
+        for lead in lead_times:
+            displacement = trace(way, displacement, self._rows, lead - reached, LONGEST_STEP)
+            told.append(sampled(framed, displacement, self._rows))
             reached = lead
         return torch.stack(told, dim=2)
+
+    @property
+    def _rows(self) -> range:
+        return range(self.moving.motion.shape[2])
+
+    def _back(self, way: Float[Tensor, "1 2 y x"], minutes: Float[Tensor, ""]) -> Float[Tensor, "1 2 y x"]:
+        """Displacements (cells) traced back by minutes that are known when the graph runs."""
+        displacement = torch.zeros_like(way)
+        steps = (minutes / LONGEST_STEP).ceil()
+        for step in range(math.ceil(self.oldest / LONGEST_STEP)):
+            length = torch.where(step < steps, minutes / steps, 0.0)
+            halfway = displacement - motion_at(way, displacement, self._rows) * (length / 2)
+            displacement = displacement - motion_at(way, halfway, self._rows) * length
+        return displacement
 
 
 def _network(made: TrainedModel) -> MetNet:

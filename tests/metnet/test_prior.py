@@ -8,8 +8,8 @@ from scipy.ndimage import uniform_filter
 
 from metnet.advection import advect
 from metnet.batch import Batch
+from metnet.mended import mended
 from metnet.model import STILL, MetNet, Moving, _to_carry, climatology
-from metnet.onward import onward
 from metnet.prior import FINE, SIDES, AdvectionPrior, Pixels, means, pixels
 from metnet.rain import RainBins
 
@@ -45,7 +45,7 @@ def test_before_training_the_forecast_is_the_widened_extrapolation():
     prior = network.prior
     radar, ages = batch.radar[:, -3:].flip(1), batch.age[:, -3:].flip(1)
     together = [advect(radar[:, n], batch.motion, ages[0, n : n + 1]) for n in range(3)]
-    further = onward(batch.motion, torch.cat(together, dim=1), ages)
+    further = mended(batch.motion, torch.cat(together, dim=1), ages)
     carried = advect(radar[:, 0], further, LEADS)[0]
     minutes = torch.zeros_like(carried)  # since each value was seen
     for back, age in ((1, 5.0), (2, 10.0)):
@@ -217,6 +217,16 @@ def test_each_sample_and_each_part_of_a_grid_counts_as_ahead_by_the_motion_there
     assert factors.tolist() == [[STILL] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3]
     one = Moving(radar[:, -1:], batch.age[:, -1:], still, still[:, 0], batch.cell_size)
     assert torch.equal(one.ahead(LEADS)[0, 0], LEADS + batch.age[0, -1]), "of a network that sees one"
+
+
+def test_a_newest_frame_that_comes_late_is_carried_as_one_in_time_is_to_as_much_later():
+    batch = a_batch()
+    radar, age = _to_carry(batch.radar, batch.age)
+    slow, sure = batch.motion / 2, torch.zeros_like(batch.motion[:, 0])
+    now, late = (Moving(radar, age + by, slow, sure, batch.cell_size) for by in (0.0, 20.0))
+    assert (now.mended - slow).abs().max() > 1e-3
+    torch.testing.assert_close(late.carried(LEADS), now.carried(LEADS + 20), equal_nan=True)
+    torch.testing.assert_close(late.changes.paces, now.changes.paces)
 
 
 def some_pixels(spread, cell=1000.0, seed=0):

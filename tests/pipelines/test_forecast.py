@@ -422,17 +422,20 @@ def test_all_tiles_are_told_the_motion_of_the_whole_grid(tmp_path, monkeypatch):
         assert torch.equal(motion, whole[..., max(0, y - 4) : y + 20, max(0, x - 4) : x + 20])
 
 
-def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("changing", "most", "usual"), [(10, 0.03, 0.005), (0, 0.16, 0.001)])
+def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(
+    tmp_path, monkeypatch, changing, most, usual
+):
     """Rain in the east alone: the means of wide areas reach from one tile into the next.
 
     The frequencies of `chances` reach as far again as the cascade does, which twice the margin would hold.
     (In rain that never changes but for its place the cascade leaves 0.4 dB open, and hardly a cell lies
     between dry and wet: which value is exceeded as often as 0.1 mm/h hangs on next to nothing there, and the
-    seam is 0.14 at one place.)
+    seam is 0.11 at one place.)
     """
     random = np.random.default_rng(0)
     rain = gaussian_filter(random.normal(size=(64, 1100)), 8, mode="wrap") * 120 + 2
-    changes = gaussian_filter(random.normal(size=(4, 64, 1100)), (0, 3, 3)) * 10
+    changes = gaussian_filter(random.normal(size=(4, 64, 1100)), (0, 3, 3)) * changing
     rain[:, :600] = changes[:, :, :600] = 0.0
     frames = {5.0 * i: np.roll(rain + changes[i], i, 1).clip(min=0) for i in range(4)}
     cube = make_cube(tmp_path / "cube", frames)
@@ -450,7 +453,7 @@ def test_where_tiles_of_the_model_that_ships_meet_the_seam_is_faint(tmp_path, mo
     wide = said("wide")
     monkeypatch.setattr(run_blocks, "HALO", 16)
     narrow = said("narrow")
-    assert np.nanmax(np.abs(tiles - once)) < 0.03 and np.nanquantile(np.abs(tiles - once), 0.99) < 0.005
+    assert np.nanmax(np.abs(tiles - once)) < most and np.nanquantile(np.abs(tiles - once), 0.99) < usual
     assert np.nanmax(np.abs(wide - once)) < 0.005
     assert np.nanmax(np.abs(narrow - once)) > 0.2, "too little around a tile would be seen"
 
