@@ -131,6 +131,19 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.compile
+def test_a_network_without_what_is_local_becomes_a_program_in_every_run(cube, monkeypatch):
+    """The way of the rain, the mended motion and the lead times in parts, in half a minute."""
+    model = made(small(local=0), cube)
+    monkeypatch.setattr("metnet.model.PIXELS_AT_ONCE", 1)
+    leads = (5.0, 15.0)
+    batch = export_model._real(rain_cube(str(cube)), model, (0, 0, ROWS, COLUMNS), leads)
+    graph = Graph(model, leads, 10.0)
+    with torch.no_grad():
+        said = torch.export.export(graph, graph.inputs(batch)).module()(*graph.inputs(batch))
+    torch.testing.assert_close(said, model(batch).probability.detach(), atol=1e-5, rtol=0)
+
+
 def test_the_surroundings_of_a_graph_are_as_wide_as_those_that_were_learned_from(cube):
     model = made(small(surroundings=2), cube)
     model = replace(model, card={**model.card, "reach": 4.0})
