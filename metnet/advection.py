@@ -4,12 +4,14 @@ Trajectories run backward: each cell of the forecast asks where its rain comes f
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+TURNING = 10.0  # minutes over which a motion is, on the mean, half of what it becomes
 CELLS_AT_ONCE = 2**16  # a band of rows of this size stays in a processor's cache: ten times as fast
 
 
@@ -34,17 +36,67 @@ def advect(
     batch, *frames, y_size, x_size = field.shape
     fields = field.reshape(batch, -1, y_size, x_size)
     result = fields.new_empty(*fields.shape[:2], len(lead_time), y_size, x_size)
-    height = max(1, CELLS_AT_ONCE // (batch * x_size))
     framed = bordered(fields)
-    for first in range(0, y_size, height):
-        rows = range(first, min(first + height, y_size))
+    for rows in _bands(y_size, batch * x_size):
         displacement = motion.new_zeros(batch, 2, len(rows), x_size)
         reached = 0.0
         for index, lead in enumerate(lead_time.tolist()):
             displacement = trace(motion, displacement, rows, lead - reached, longest_step)
             reached = lead
-            result[:, :, index, first : rows.stop] = sampled(framed, displacement, rows)
+            result[:, :, index, rows.start : rows.stop] = sampled(framed, displacement, rows)
     return result.view(batch, *frames, *result.shape[2:])
+
+
+def carry_ahead(
+    fields: Float[Tensor, "batch frame y x"],
+    motion: Float[Tensor, "batch 2 y x"],
+    becomes: Float[Tensor, "batch 2 y x"],
+    minutes: Float[Tensor, "time"],
+) -> Float[Tensor, "batch frame time y x"]:
+    """The fields carried ahead by some minutes each along a motion that they keep (`come_from`).
+
+    Args:
+        fields: as in `advect`; so is what is told.
+        motion: cells per minute, as in `advect`.
+        becomes: what it becomes by and by, likewise.
+        minutes: not below 0.
+    """
+    batch, frame, y_size, x_size = fields.shape
+    result = fields.new_empty(batch, frame, len(minutes), y_size, x_size)
+    framed = bordered(fields)
+    way = torch.cat([motion, becomes - motion], dim=1)
+    for rows in _bands(y_size, batch * x_size):
+        for index, time in enumerate(minutes):
+            result[:, :, index, rows.start : rows.stop] = sampled(framed, come_from(way, time, rows), rows)
+    return result
+
+
+def come_from(
+    way: Float[Tensor, "batch 4 y x"], minutes: Float[Tensor, ""], rows: range
+) -> Float[Tensor, "batch 2 row x"]:
+    """Displacements (cells) back to where that is now which will have come here after some minutes.
+
+    Rain keeps the motion that it has, and so comes from where it goes as far as from there to here; that
+    place is looked for twice, the second time halfway, lest it be missed by more where motion differs much
+    from place to place. And motion becomes another by and by, for small lumps of rain go as it is and are
+    gone in minutes, and what lasts goes as larger ones do: of how that differs, which stands behind it in
+    `way`, it has had a share by then.
+    """
+    share = minutes / (minutes + TURNING)
+
+    def passed(told: Float[Tensor, "batch 4 row x"]) -> Float[Tensor, "batch 2 row x"]:
+        return minutes * (told[:, :2] + share * told[:, 2:])
+
+    here = passed(way[:, :, rows.start : rows.stop])
+    there = passed(motion_at(way, -here, rows))
+    return -passed(motion_at(way, -(here + there) / 2, rows))
+
+
+def _bands(y_size: int, row: int) -> Iterator[range]:
+    """Bands of rows, each of so many cells, that a processor's cache holds."""
+    height = max(1, CELLS_AT_ONCE // row)
+    for first in range(0, y_size, height):
+        yield range(first, min(first + height, y_size))
 
 
 def bordered(fields: Float[Tensor, "batch frame y x"]) -> Float[Tensor, "batch frame framed_y framed_x"]:
@@ -68,8 +120,8 @@ def trace(
 
 
 def motion_at(
-    motion: Float[Tensor, "batch 2 y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
-) -> Float[Tensor, "batch 2 row x"]:
+    motion: Float[Tensor, "batch part y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
+) -> Float[Tensor, "batch part row x"]:
     """The motion at the displaced cells, bilinear; outside the grid that of its nearest cell."""
     y_size, x_size = motion.shape[-2:]
     x = torch.arange(x_size, device=motion.device) + displacement[:, 0]

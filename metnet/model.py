@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from metnet.advection import advect
+from metnet.advection import advect, carry_ahead
 from metnet.attention.axial import AxialAttention
 from metnet.attention.positions import AxialPositionalEmbedding
 from metnet.attention.residual import ResidualBlock, ToldTrunk
@@ -321,7 +321,7 @@ class Moving:
 
     @cached_property
     def mended(self) -> Float[Tensor, "batch 2 Y X"]:
-        """The motion that they go on with from there."""
+        """The motion that theirs becomes by and by from there."""
         return mended(self.motion, self.together, self.age)
 
     @cached_property
@@ -347,8 +347,10 @@ class Moving:
         """The frames carried to the time of the newest, and all from there to each lead time (mm/h)."""
         with torch.no_grad():  # nothing in it is learned
             each = [
-                advect(frames[None], way[None], lead_time + ages[0])
-                for frames, way, ages in zip(self.together, self.mended, self.age, strict=True)
+                carry_ahead(frames[None], flow[None], way[None], lead_time + ages[0])
+                for frames, flow, way, ages in zip(
+                    self.together, self.motion, self.mended, self.age, strict=True
+                )
             ]
             return torch.cat(each)
 

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
-from metnet.advection import bordered, motion_at, sampled, trace
+from metnet.advection import bordered, come_from, motion_at, sampled
 from metnet.batch import Batch
 from metnet.mended import mended
 from metnet.model import Changes, MetNet, Moving
@@ -272,27 +272,24 @@ class Unrolled:
 
     def carried(self, lead_times: Sequence[float]) -> Float[Tensor, "1 frame lead Y X"]:
         """As `Moving.carried`, the whole map at a time."""
-        framed = bordered(self.together)
-        way = mended(self.moving.motion, self.together, self.moving.age)
-        displacement, reached, told = self._back(way, self.moving.age[0, 0]), 0.0, []
-        for lead in lead_times:
-            displacement = trace(way, displacement, self._rows, lead - reached, LONGEST_STEP)
-            told.append(sampled(framed, displacement, self._rows))
-            reached = lead
-        return torch.stack(told, dim=2)
+        framed, flow = bordered(self.together), self.moving.motion
+        way = torch.cat([flow, mended(flow, self.together, self.moving.age) - flow], dim=1)
+        minutes = (self.moving.age[0, 0] + lead for lead in lead_times)
+        each = (sampled(framed, come_from(way, time, self._rows), self._rows) for time in minutes)
+        return torch.stack(list(each), dim=2)
 
     @property
     def _rows(self) -> range:
         return range(self.moving.motion.shape[2])
 
-    def _back(self, way: Float[Tensor, "1 2 y x"], minutes: Float[Tensor, ""]) -> Float[Tensor, "1 2 y x"]:
+    def _back(self, motion: Float[Tensor, "1 2 y x"], minutes: Float[Tensor, ""]) -> Float[Tensor, "1 2 y x"]:
         """Displacements (cells) traced back by minutes that are known when the graph runs."""
-        displacement = torch.zeros_like(way)
+        displacement = torch.zeros_like(motion)
         steps = (minutes / LONGEST_STEP).ceil()
         for step in range(math.ceil(self.oldest / LONGEST_STEP)):
             length = torch.where(step < steps, minutes / steps, 0.0)
-            halfway = displacement - motion_at(way, displacement, self._rows) * (length / 2)
-            displacement = displacement - motion_at(way, halfway, self._rows) * length
+            halfway = displacement - motion_at(motion, displacement, self._rows) * (length / 2)
+            displacement = displacement - motion_at(motion, halfway, self._rows) * length
         return displacement
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metnet.advection import advect
+from metnet.advection import TURNING, advect, carry_ahead, come_from
 
 
 def uniform(x: float, y: float, shape: tuple[int, int]) -> torch.Tensor:
@@ -163,3 +163,32 @@ def test_backward_undoes_forward(minutes):
     inner = slice(12, 48)
     assert (there - storm[:, None]).nan_to_num().abs().max() > 1
     assert (back[0, 0, inner, inner] - storm[0, inner, inner]).abs().max() < 0.05
+
+
+def test_a_motion_becomes_another_by_and_by_whatever_else_is_asked_for():
+    rain = blob((40, 120), 20, 20)[None, None]
+    motion, other = uniform(1.0, 0.0, (40, 120)), uniform(1.5, 0.0, (40, 120))
+    moved = carry_ahead(rain, motion, other, leads(0.0, 5.0, 20.0, 60.0))[0, 0]
+    assert torch.equal(moved[0], rain[0, 0])
+    for minutes, field in zip((5.0, 20.0, 60.0), moved[1:], strict=True):
+        place = (field.nan_to_num().sum(0) * torch.arange(120)).sum() / field.nansum()
+        share = minutes / (minutes + TURNING)
+        assert place.item() == pytest.approx(20 + minutes * (1 + 0.5 * share), abs=0.05)
+    alone = carry_ahead(rain, motion, other, leads(60.0))[0, 0]
+    assert torch.equal(alone.nan_to_num(-1), moved[3:].nan_to_num(-1))
+    steady = advect(rain, motion, leads(20.0))
+    torch.testing.assert_close(carry_ahead(rain, motion, motion, leads(20.0)), steady, equal_nan=True)
+
+
+def test_rain_keeps_its_motion():
+    """Where motion grows along the way, rain comes from where it goes at the speed that it has there."""
+    grows, first = 0.01, 0.5  # cells per minute, a cell; cells per minute
+    x = torch.arange(200.0)
+    speed = (first + grows * x).expand(8, 200)
+    motion = torch.stack([speed, torch.zeros(8, 200)])[None]
+    way = torch.cat([motion, torch.zeros_like(motion)], dim=1)
+    for minutes in (5.0, 20.0, 40.0):
+        told = come_from(way, torch.tensor(minutes), range(2, 6))[0, 0, :, 100:]
+        kept = ((x - first * minutes) / (1 + grows * minutes) - x)[100:]
+        steady = ((x + first / grows) * math.exp(-grows * minutes) - first / grows - x)[100:]
+        assert ((told - kept).abs() < 0.35 * (steady - kept).abs()).all()

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metnet.advection import advect
+from metnet.advection import carry_ahead
 from metnet.head import Categorical, Ordinal, climatology, spelt
 from metnet.loss import cross_entropy, crps, ordinal
 from metnet.model import MetNet
@@ -87,7 +87,8 @@ def test_in_front_of_the_prior_the_forecast_is_the_prior_at_the_start(link):
     with torch.no_grad():
         said = net(batch).probability
         past = net.encode(batch)
-        newest = advect(batch.radar[:, -1], past.rain.mended, batch.lead_time)
+        rain = past.rain.motion, past.rain.mended
+        newest = carry_ahead(batch.radar[:, -1:], *rain, batch.lead_time)[:, 0]
         assert torch.equal(past.rain.carried(batch.lead_time)[:, 0].nan_to_num(), newest.nan_to_num())
         carried = past.rain.carried(batch.lead_time)
         seen = carried[:, 0]
