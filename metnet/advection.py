@@ -1,6 +1,7 @@
 """Advection: a field carried along its motion (semi-Lagrangian; Germann & Zawadzki 2002, section 2b).
 
-Trajectories run backward: each cell of the forecast asks where its rain comes from.
+Trajectories run backward: each cell of the forecast asks where its rain comes from. `advect` does so along a
+steady field of motion, `carry_ahead` along one whose pattern goes with the rain.
 """
 
 import math
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 TURNING = 10.0  # minutes over which a motion is, on the mean, half of what it becomes
+KEPT = 60.0  # minutes for which rain keeps its motion
 CELLS_AT_ONCE = 2**16  # a band of rows of this size stays in a processor's cache: ten times as fast
 
 
@@ -52,44 +54,57 @@ def carry_ahead(
     motion: Float[Tensor, "batch 2 y x"],
     becomes: Float[Tensor, "batch 2 y x"],
     minutes: Float[Tensor, "time"],
+    longest_step: float = 5.0,
 ) -> Float[Tensor, "batch frame time y x"]:
-    """The fields carried ahead by some minutes each along a motion that they keep (`come_from`).
+    """The fields carried ahead by some minutes each along a motion that they keep for an hour.
+
+    That far the pattern of motion goes with the rain (`come_from`); later it stays where it is.
 
     Args:
         fields: as in `advect`; so is what is told.
         motion: cells per minute, as in `advect`.
-        becomes: what it becomes by and by, likewise.
+        becomes: what it becomes by and by, likewise, and is after that hour.
         minutes: not below 0.
+        longest_step: minutes of one step along a trajectory that leads beyond that hour.
     """
     batch, frame, y_size, x_size = fields.shape
     result = fields.new_empty(batch, frame, len(minutes), y_size, x_size)
     framed = bordered(fields)
     way = torch.cat([motion, becomes - motion], dim=1)
     for rows in _bands(y_size, batch * x_size):
+        later, reached = motion.new_zeros(batch, 2, len(rows), x_size), 0.0
         for index, time in enumerate(minutes):
-            result[:, :, index, rows.start : rows.stop] = sampled(framed, come_from(way, time, rows), rows)
+            beyond = max(0.0, time.item() - KEPT)
+            later = trace(becomes, later, rows, beyond - reached, longest_step)
+            reached = beyond
+            place = come_from(way, time.clamp(max=KEPT), later, rows)
+            result[:, :, index, rows.start : rows.stop] = sampled(framed, place, rows)
     return result
 
 
 def come_from(
-    way: Float[Tensor, "batch 4 y x"], minutes: Float[Tensor, ""], rows: range
+    way: Float[Tensor, "batch 4 y x"],
+    minutes: Float[Tensor, ""],
+    displacement: Float[Tensor, "batch 2 row x"],
+    rows: range,
 ) -> Float[Tensor, "batch 2 row x"]:
-    """Displacements (cells) back to where that is now which will have come here after some minutes.
+    """Where that is now which will have come to some displaced cells in some minutes: displacements (cells).
 
-    Rain keeps the motion that it has, and so comes from where it goes as far as from there to here; that
-    place is looked for twice, the second time halfway, lest it be missed by more where motion differs much
-    from place to place. And motion becomes another by and by, for small lumps of rain go as it is and are
-    gone in minutes, and what lasts goes as larger ones do: of how that differs, which stands behind it in
-    `way`, it has had a share by then.
+    Rain keeps the motion v that it has, so what is at x was d = -minutes * v(x + d) away. That is solved in
+    two steps from d = -minutes * v(x), the second from halfway between the two before it, which overshoots
+    less; after much more than an hour it is not, and two places tell of the same rain. And motion becomes
+    another by and by, for small lumps of rain go as it is and are gone in minutes, and what lasts goes as
+    larger ones do: of how that differs, which stands behind it in `way`, it has had a share by then.
     """
     share = minutes / (minutes + TURNING)
 
-    def passed(told: Float[Tensor, "batch 4 row x"]) -> Float[Tensor, "batch 2 row x"]:
+    def passed(away: Float[Tensor, "batch 2 row x"]) -> Float[Tensor, "batch 2 row x"]:
+        told = motion_at(way, displacement + away, rows)
         return minutes * (told[:, :2] + share * told[:, 2:])
 
-    here = passed(way[:, :, rows.start : rows.stop])
-    there = passed(motion_at(way, -here, rows))
-    return -passed(motion_at(way, -(here + there) / 2, rows))
+    here = passed(torch.zeros_like(displacement))
+    there = passed(-here)
+    return displacement - passed(-(here + there) / 2)
 
 
 def _bands(y_size: int, row: int) -> Iterator[range]:

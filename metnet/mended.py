@@ -1,4 +1,4 @@
-"""`mended`: the motion that rain goes on with, put right by what frames show that were carried along it.
+"""`mended`: what motion becomes on the way, put right by what frames show that were carried along it.
 
 Optical flow from frame to frame is slowed by what stands still (echoes of the ground, rain that forms over
 the same hills), and such frames lie too close together to tell it from noise. Carried along it to one time,
@@ -29,7 +29,7 @@ def mended(
     frames: Float[Tensor, "batch frame Y X"],
     age: Float[Tensor, "batch frame"],
 ) -> Float[Tensor, "batch 2 Y X"]:
-    """The motion (cells a minute) from the time on that all frames were carried to along `motion`.
+    """What motion (cells a minute) becomes after the time that all frames were carried to along `motion`.
 
     It is `motion` where there is but one frame, or nothing to see in them.
 

@@ -2,9 +2,9 @@
 
 The graph holds the whole way from the newest frames (mm/h, NaN = not observed) to the probability of each
 class: scaling, advection, prior, network and calibration. The motion of the rain is an input: optical flow is
-OpenCV's. The grid and the lead times are fixed, and how old a frame may be, since how many steps a trajectory
-takes follows from them. Beside the graph lies its card, a JSON file that says what goes in, what comes out,
-and how far what was written is from the network.
+OpenCV's. The grid and the lead times are fixed, each a part of the graph, and how old a frame may be, since
+how many steps a trajectory takes follows from it. Beside the graph lies its card, a JSON file that says what
+goes in, what comes out, and how far what was written is from the network.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
-from metnet.advection import bordered, come_from, motion_at, sampled
+from metnet.advection import KEPT, bordered, come_from, motion_at, sampled
 from metnet.batch import Batch
 from metnet.mended import mended
 from metnet.model import Changes, MetNet, Moving
@@ -245,8 +246,8 @@ class Graph(nn.Module):
 class Unrolled:
     """A `Moving` of one sample whose trajectories have a known number of steps, so that a graph holds them.
 
-    Which frame is carried, and so its age, is known only when the graph runs: what depends on it is done in
-    as many steps as the oldest frame takes, and those too many have no length.
+    Which frames are carried, and so their ages, is known only when the graph runs: a trajectory whose length
+    depends on them has as many steps as it may need, and those too many have no length.
     """
 
     moving: Moving
@@ -258,11 +259,11 @@ class Unrolled:
     @cached_property
     def together(self) -> Float[Tensor, "1 frame Y X"]:
         """As `Moving.together`."""
-        gaps = (self.moving.age[0] - self.moving.age[0, 0]).clamp(min=0)
-        each = [
-            sampled(bordered(field[:, None]), self._back(self.moving.motion, gap), self._rows)
-            for field, gap in zip(self.moving.radar.unbind(dim=1), gaps, strict=True)
-        ]
+        flow, gaps = self.moving.motion, (self.moving.age[0] - self.moving.age[0, 0]).clamp(min=0)
+        each = []
+        for field, gap in zip(self.moving.radar.unbind(dim=1), gaps, strict=True):
+            place = self._back(flow, torch.zeros_like(flow), gap, self.oldest)
+            each.append(sampled(bordered(field[:, None]), place, self._rows))
         return torch.cat(each, dim=1)
 
     @cached_property
@@ -272,21 +273,32 @@ class Unrolled:
 
     def carried(self, lead_times: Sequence[float]) -> Float[Tensor, "1 frame lead Y X"]:
         """As `Moving.carried`, the whole map at a time."""
-        framed, flow = bordered(self.together), self.moving.motion
-        way = torch.cat([flow, mended(flow, self.together, self.moving.age) - flow], dim=1)
-        minutes = (self.moving.age[0, 0] + lead for lead in lead_times)
-        each = (sampled(framed, come_from(way, time, self._rows), self._rows) for time in minutes)
-        return torch.stack(list(each), dim=2)
+        framed, flow, late = bordered(self.together), self.moving.motion, self.moving.age[0, 0]
+        turned = mended(flow, self.together, self.moving.age)
+        way = torch.cat([flow, turned - flow], dim=1)
+        later, reached, told = torch.zeros_like(flow), torch.zeros_like(late), []
+        for before, lead in pairwise([-self.oldest, *lead_times]):
+            beyond = (late + lead - KEPT).clamp(min=0)
+            most = min(lead - before, self.oldest + lead - KEPT)
+            later, reached = self._back(turned, later, beyond - reached, most), beyond
+            place = come_from(way, (late + lead).clamp(max=KEPT), later, self._rows)
+            told.append(sampled(framed, place, self._rows))
+        return torch.stack(told, dim=2)
 
     @property
     def _rows(self) -> range:
         return range(self.moving.motion.shape[2])
 
-    def _back(self, motion: Float[Tensor, "1 2 y x"], minutes: Float[Tensor, ""]) -> Float[Tensor, "1 2 y x"]:
-        """Displacements (cells) traced back by minutes that are known when the graph runs."""
-        displacement = torch.zeros_like(motion)
+    def _back(
+        self,
+        motion: Float[Tensor, "1 2 y x"],
+        displacement: Float[Tensor, "1 2 y x"],
+        minutes: Float[Tensor, ""],
+        most: float,
+    ) -> Float[Tensor, "1 2 y x"]:
+        """Displacements (cells) traced further back by minutes (at most so many) that the graph is told."""
         steps = (minutes / LONGEST_STEP).ceil()
-        for step in range(math.ceil(self.oldest / LONGEST_STEP)):
+        for step in range(math.ceil(most / LONGEST_STEP)):
             length = torch.where(step < steps, minutes / steps, 0.0)
             halfway = displacement - motion_at(motion, displacement, self._rows) * (length / 2)
             displacement = displacement - motion_at(motion, halfway, self._rows) * length

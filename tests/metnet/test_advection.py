@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metnet.advection import TURNING, advect, carry_ahead, come_from
+from metnet.advection import KEPT, TURNING, advect, carry_ahead, come_from
 
 
 def uniform(x: float, y: float, shape: tuple[int, int]) -> torch.Tensor:
@@ -180,15 +180,48 @@ def test_a_motion_becomes_another_by_and_by_whatever_else_is_asked_for():
     torch.testing.assert_close(carry_ahead(rain, motion, motion, leads(20.0)), steady, equal_nan=True)
 
 
+def linear(first: tuple[float, float], slopes: list[list[float]], shape: tuple[int, int]) -> torch.Tensor:
+    """A motion that grows with x and y."""
+    y, x = torch.meshgrid(*(torch.arange(float(size)) for size in shape), indexing="ij")
+    place = torch.stack([x, y])
+    return (torch.tensor(first)[:, None, None] + torch.einsum("ij,jyx->iyx", torch.tensor(slopes), place))[
+        None
+    ]
+
+
 def test_rain_keeps_its_motion():
-    """Where motion grows along the way, rain comes from where it goes at the speed that it has there."""
-    grows, first = 0.01, 0.5  # cells per minute, a cell; cells per minute
-    x = torch.arange(200.0)
-    speed = (first + grows * x).expand(8, 200)
-    motion = torch.stack([speed, torch.zeros(8, 200)])[None]
-    way = torch.cat([motion, torch.zeros_like(motion)], dim=1)
-    for minutes in (5.0, 20.0, 40.0):
-        told = come_from(way, torch.tensor(minutes), range(2, 6))[0, 0, :, 100:]
-        kept = ((x - first * minutes) / (1 + grows * minutes) - x)[100:]
-        steady = ((x + first / grows) * math.exp(-grows * minutes) - first / grows - x)[100:]
-        assert ((told - kept).abs() < 0.35 * (steady - kept).abs()).all()
+    """It comes from where it goes as far as from there to here, at the motion that it has there."""
+    first, slopes, minutes = (0.1, -0.3), [[0.004, 0.006], [-0.005, 0.003]], 20.0
+    motion = linear(first, slopes, (30, 44))
+    way = torch.cat([motion, 0.4 * motion], dim=1)  # it becomes 1.4 times as much
+    scaled = minutes * (1 + 0.4 * minutes / (minutes + TURNING))
+    rows = range(10, 20)
+    told = come_from(way, torch.tensor(minutes), torch.zeros(1, 2, 10, 44), rows)[0]
+    inverse = torch.linalg.inv(torch.eye(2) + scaled * torch.tensor(slopes))
+    y, x = torch.meshgrid(torch.arange(10.0, 20.0), torch.arange(44.0), indexing="ij")
+    here = torch.stack([x, y])
+    there = torch.einsum("ij,jyx->iyx", inverse, here - scaled * torch.tensor(first)[:, None, None])
+    assert (told - (there - here))[:, :, 12:32].abs().max() < 0.2
+    assert (there - here)[:, :, 12:32].abs().amax(dim=(1, 2)).min() > 3
+
+
+def test_after_an_hour_the_pattern_of_motion_stays_where_it_is():
+    motion = linear((0.1, -0.3), [[0.004, 0.006], [-0.005, 0.003]], (60, 80))
+    rain = torch.rand(1, 2, 60, 80)
+    times = leads(30.0, KEPT, KEPT + 30.0)
+    told = carry_ahead(rain, motion, motion, times)
+    nearly = carry_ahead(rain, motion, motion, leads(KEPT + 1e-3))
+    torch.testing.assert_close(nearly[:, :, 0], told[:, :, 1], atol=1e-2, rtol=0, equal_nan=True)
+    back = advect(told[:, 0, 1:2], motion, leads(30.0))[:, 0, 0]  # in two steps, the second along what stays
+    both = ~(back.isnan() | told[:, 0, 2].isnan())
+    assert both.float().mean() > 0.2
+    assert torch.corrcoef(torch.stack([back[both], told[:, 0, 2][both]]))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("cells", [50, 7 * 24])
+def test_bands_of_rows_do_not_show_in_what_is_carried_ahead(cells, monkeypatch):
+    motion = linear((0.1, -0.3), [[0.004, 0.006], [-0.005, 0.003]], (20, 24))
+    rain, times = torch.rand(1, 2, 20, 24), leads(5.0, 40.0, 90.0)
+    whole = carry_ahead(rain, motion, 1.2 * motion, times)
+    monkeypatch.setattr("metnet.advection.CELLS_AT_ONCE", cells)
+    assert torch.equal(carry_ahead(rain, motion, 1.2 * motion, times).nan_to_num(-1), whole.nan_to_num(-1))

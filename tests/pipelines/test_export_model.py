@@ -17,7 +17,7 @@ from metnet import prior
 from metnet.attention.axial import AxialAttention
 from metnet.calibration import Calibration
 from metnet.lead_time import LeadTimePlanes
-from metnet.model import MetNet
+from metnet.model import MetNet, Moving
 from metnet.rain import RainBins
 from pipelines import export_model
 from pipelines.beside import Beside, Sides
@@ -197,6 +197,21 @@ def test_lead_times_are_cut_as_the_network_cuts_them(cube, monkeypatch):
 
 
 @needs_onnx
+@pytest.mark.parametrize("missing", [(), (0,), (0, 1)])
+def test_a_graph_carries_rain_as_the_network_does_however_late_and_far(missing):
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    motion = torch.stack([0.01 * (y - 12), -0.01 * (x - 16)])[None]  # it turns about the middle
+    frames, age = torch.rand(1, 4, 24, 32), torch.tensor([[4.0, 9.0, 14.0, 19.0]])
+    frames[:, list(missing)] = torch.nan
+    kept = [n for n in range(4) if n not in missing]
+    order = [*kept, *missing][:3]
+    moving = Moving(frames[:, order], age[:, order], motion, torch.zeros(1, 24, 32), torch.tensor([1000.0]))
+    times = [10.0, 30.0, 50.0, 55.0, 70.0, 90.0, 180.0]
+    told = export_model.Unrolled(moving, oldest=24.0).carried(times)
+    assert (~told[0, 0, 5].isnan()).any()
+    assert torch.equal(told.nan_to_num(-1), moving.carried(torch.tensor(times)).nan_to_num(-1))
+
+
 @pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
