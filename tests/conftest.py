@@ -6,11 +6,15 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from hypothesis import settings
 
 import cli  # noqa: F401  (sets how OpenMP waits, before torch is loaded)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are small: more threads only wait
+
+settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 ALL = "1/1"

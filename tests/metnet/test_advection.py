@@ -139,7 +139,7 @@ def test_an_unobserved_cell_leaves_no_nan_in_the_gradient():
     assert rain.grad.isfinite().all() and motion.grad.isfinite().all() and motion.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(x=st.floats(-40, 40), y=st.floats(-40, 40), lead=st.floats(0, 30))
 def test_the_forecast_never_leaves_the_range_of_what_was_seen(x, y, lead):
     rain = torch.rand(1, 8, 9) + 1

@@ -71,7 +71,7 @@ def test_one_axis_after_the_other_sees_every_pixel():
     assert (x.grad.abs().amax(dim=(0, 1)) > 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     index=st.integers(1, 4),

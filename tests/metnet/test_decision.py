@@ -47,7 +47,7 @@ def best_of_all(said: Tensor) -> float:
 
 
 @given(FEW, st.floats(-2, 8))
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=25, database=None)
 def test_no_other_of_the_cuts_and_hardly_any_number_of_pixels_is_expected_to_have_a_higher_csi(
     seed: int, dryness: float
 ) -> None:
@@ -58,7 +58,7 @@ def test_no_other_of_the_cuts_and_hardly_any_number_of_pixels_is_expected_to_hav
 
 
 @given(FEW, st.integers(2, 24))
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=25, database=None)
 def test_shares_of_up_to_24_members_lie_in_classes_of_their_own(seed: int, members: int) -> None:
     said = EnsembleForecast(storm(seed, (1, members, 1, 20, 20))).probability_above(2.0).flatten()
     assert expected(said, cut_of(said)) == pytest.approx(best_of_all(said))

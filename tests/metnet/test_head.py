@@ -42,7 +42,7 @@ def test_it_says_how_many_numbers_it_wants(link):
     torch.testing.assert_close(said, torch.tensor(climatology(BINS)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12))
 def test_ordinal_exceedances_fall_and_probabilities_sum_to_one_whatever_the_numbers_are(numbers):
     logits = Ordinal().logits(torch.tensor(numbers).reshape(1, 1, -1, 1, 1))

@@ -249,7 +249,7 @@ def nets():
 SOURCES = ("radar", "satellite", "static", "place", "surroundings")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 10_000), share=st.sampled_from([0.1, 0.5, 0.95]), whole=st.booleans(), data=st.data()
 )

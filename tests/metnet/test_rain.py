@@ -96,7 +96,7 @@ def test_metnets_classes_are_512_of_a_fifth_of_a_millimetre() -> None:
 
 
 @given(seeds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_probability_above_an_edge_is_the_sum_of_the_classes_above_it(seed: int) -> None:
     forecast = some_binned(seed)
 
@@ -118,7 +118,7 @@ def test_within_a_class_every_rate_is_equally_likely_and_dry_is_exactly_zero() -
 
 
 @given(seeds, st.floats(0.001, 0.999))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_quantile_is_the_rate_that_is_exceeded_with_the_rest_of_the_probability(
     seed: int, level: float
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_quantile_is_the_rate_that_is_exceeded_with_the_rest_of_the_probabilit
 
 
 @given(seeds, st.floats(0, 30))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_binned_crps_is_the_integral_of_its_definition(seed: int, observed: float) -> None:
     forecast = some_binned(seed, shape=(1, 1, 1))
 
@@ -164,7 +164,7 @@ def test_certain_rain_scores_nothing_where_it_falls_and_its_distance_elsewhere()
 
 
 @given(seeds, st.integers(1, 7))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_ensemble_crps_is_that_of_the_scores_package(seed: int, count: int) -> None:
     generator = np.random.default_rng(seed)
     members = generator.gamma(0.5, 3.0, (2, count, 3, 4, 5)) * (generator.random((2, count, 3, 4, 5)) < 0.6)
@@ -191,7 +191,7 @@ def test_an_ensemble_counts_its_members_at_a_threshold_in_float32() -> None:
 
 
 @given(seeds, st.integers(1, 9), st.floats(0.01, 0.99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_ensemble_quantile_is_numpys(seed: int, count: int, level: float) -> None:
     members = np.random.default_rng(seed).gamma(0.5, 3.0, (1, count, 2, 2, 3))
 
@@ -276,7 +276,7 @@ def test_a_stored_forecast_joins_the_known_points_by_lines() -> None:
 
 
 @given(seeds)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_what_the_store_keeps_of_a_forecast_scores_nearly_like_the_forecast(seed: int) -> None:
     forecast = some_binned(seed, RainBins.preferred(), shape=(1, 20, 20))
     generator = torch.Generator().manual_seed(seed)

@@ -80,7 +80,7 @@ def test_what_changed_samples_may_hold_is_told_where_leaks_are_looked_for():
         assert ((touched - START.timestamp()) / 300).tolist() == steps
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     observed=st.lists(st.booleans(), min_size=20, max_size=80),
     frames=st.integers(1, 4),

@@ -109,7 +109,7 @@ class Telling:
         return fields
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups=st.lists(
         st.tuples(st.integers(1, 30), st.integers(0, 20), st.integers(0, 4), st.integers(1, 5)), max_size=6

@@ -144,7 +144,7 @@ def test_a_front_extension_costs_no_space_where_nothing_was_written(tmp_path):
     assert array.nchunks_initialized == 2 and array.shape[0] == 501
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.permutations(range(-3, 5)), st.lists(st.integers(1, 3), min_size=8, max_size=8))
 def test_any_order_of_writes_gives_the_same_arrays(order, sizes):
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +164,7 @@ def test_any_order_of_writes_gives_the_same_arrays(order, sizes):
     st.integers(1, 5),
     st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 4), st.integers(1, 5)),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_block_is_what_a_loop_over_frames_gives(written, first, count, step, window):
     y0, x0, ny, nx = window
     ny, nx = min(ny, 4 - y0), min(nx, 5 - x0)

@@ -78,7 +78,7 @@ def test_the_same_number_gives_the_same_failures():
             assert torch.equal(getattr(one, field).nan_to_num(-1), getattr(other, field).nan_to_num(-1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     chances=st.tuples(*[st.sampled_from([0.0, 0.4, 1.0])] * 4),
     missing=st.lists(st.booleans(), min_size=FRAMES, max_size=FRAMES),

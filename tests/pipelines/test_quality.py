@@ -144,7 +144,7 @@ def test_other_quantities_have_no_cell_flags():
     assert not cell_flags(frame(warm, BRIGHTNESS_TEMPERATURE)).any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_flags_lie_on_wet_observed_cells_only_and_the_values_stay(seed):
     rng = np.random.default_rng(seed)

@@ -80,7 +80,7 @@ def test_the_water_of_a_coarse_field_is_kept_in_finer_cells_and_back_again():
     assert water(back) == pytest.approx(water(rain), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_water_of_any_field_is_kept_however_rough(seed):
     rng = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def clipped(polygon: list[tuple[float, float]], row: int, column: int) -> float:
     return abs(sum(a[0] * b[1] - a[1] * b[0] for a, b in zip(polygon, turned, strict=True))) / 2
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     size=st.floats(0.3, 4.0),
     angle=st.floats(-180, 180),
@@ -171,7 +171,7 @@ def test_unseen_halves_stay_unseen():
     assert np.isnan(got.values).any()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_nan_exactly_where_less_than_half_was_seen_and_never_dry_instead(seed):
     rng = np.random.default_rng(seed)

@@ -162,7 +162,7 @@ def test_a_broken_file_is_half_first_and_whole_a_step_later(tmp_path):
     broken=st.sampled_from([0.0, 0.4]),
     lookings=st.floats(0.1, 1.0),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_who_follows_a_replay_gets_every_file_that_was_not_lost(
     seed, jitter, gaps, late, duplicates, broken, lookings, tmp_path_factory
 ):

@@ -255,7 +255,7 @@ def test_a_store_that_cannot_be_written_is_told_in_one_line(tmp_path):
 
 
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_float_comes_back_to_the_last_bit_through_codecs_that_every_zarr_knows(bits):
     values = np.array(bits, np.uint32).view(np.float32)
     values[np.isnan(values)] = np.nan  # "not observed" has one pattern of bits

@@ -110,7 +110,7 @@ def test_times_and_axes_are_those_of_the_run(tmp_path):
     x=st.integers(1, 6),
     order=st.randoms(use_true_random=False),
 )
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_blocks_of_any_size_and_order_make_the_same_run(tmp_path_factory, large, lead, y, x, order):
     block = whole()
     blocks = [

@@ -110,7 +110,7 @@ def both(tmp_path_factory):
     return cube, stored(cube, folder=tmp_path_factory.mktemp("stores"))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     first=st.integers(-15, 15),
     count=st.integers(1, 14),
@@ -294,7 +294,7 @@ def test_a_store_that_is_not_whole_is_made_anew(tmp_path, name):
 
 
 @given(place=st.floats(0, 1), bit=st.integers(0, 7))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_flipped_bit_is_an_error_and_never_another_number(both, place, bit):
     cube, store = both
     path: Path = store.folder / BLOCKS

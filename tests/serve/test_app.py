@@ -255,7 +255,7 @@ def test_the_description_of_the_interface_names_every_route(service: Service) ->
     assert all(set(methods) == {"get"} for methods in paths.values())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=40))
 def test_no_address_breaks_the_service(service: Service, path: str) -> None:
     assert service.client.get("/" + quote(path, errors="ignore")).status_code in (200, 400, 404)

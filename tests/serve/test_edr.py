@@ -201,7 +201,7 @@ def test_no_text_breaks_the_times(text: str) -> None:
         assert problem.status == 400
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=60), st.text(max_size=40), st.text(max_size=40))
 def test_no_query_breaks_the_service(service: Service, coords: str, when: str, names: str) -> None:
     query = f"coords={quote(coords)}&datetime={quote(when)}&parameter-name={quote(names)}"

@@ -150,7 +150,7 @@ def test_an_address_that_is_no_tile_is_a_problem(service: Service, address: str,
     assert answer.json()["status"] == status
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(z=st.integers(0, 12), data=st.data())
 def test_neighbouring_tiles_are_quarters_of_their_parent(z: int, data: st.DataObject) -> None:
     """A pixel of a tile covers two by two pixels of the tiles one zoom deeper, so its cell lies among theirs or beside."""

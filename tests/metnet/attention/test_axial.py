@@ -60,7 +60,7 @@ def pair(*args, **kwargs):
     return published, ours
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     index=st.integers(-5, 5).filter(bool),

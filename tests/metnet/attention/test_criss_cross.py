@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_the_equations_pixel_by_pixel(make, s
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([40, 400, 1 << 19]))
 def test_every_grid_gives_what_the_published_formulation_gives(batch, height, width, budget):
     published = awake(CrissCross(16)).to(DOUBLE)

@@ -179,7 +179,7 @@ def naively(module, noise, *cond):
 
 
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_sampler_draws_what_the_naive_one_draws(batch, height, width, bins, conditioned):
     module = decoder(height, width, bins, outer=4, inner=2, cond_dim=3 if conditioned else None)
     cond = [conditions(batch, height, width, 3)] if conditioned else []

@@ -89,7 +89,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(make, equations, shape
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans())
 def test_every_grid_gives_what_the_published_formulation_gives(batch, height, width, training):
     if training and batch * height * width == 1:
@@ -104,7 +104,7 @@ def test_every_grid_gives_what_the_published_formulation_gives(batch, height, wi
         torch.testing.assert_close(ours, theirs)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_a_grid_of_any_number_of_axes_is_only_pixels(grid):
     block = awake(ExternalAttention(6, 4)).eval()

@@ -268,7 +268,7 @@ def test_every_pixel_sees_every_pixel_after_one_layer():
 
 
 @given(st.integers(0, 2), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_grid_and_layout_gives_the_same_as_a_plain_copy(batch, y, x, reversible, last):
     module = transformer(4, 1, heads=2, reversible=reversible)
     there = image(y, batch, x, 4).permute(1, 3, 0, 2)  # not contiguous

@@ -95,7 +95,7 @@ def test_outputs_and_gradients_are_those_of_the_equations(training, arguments, s
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.integers(1, 3),
     st.integers(1, 7),

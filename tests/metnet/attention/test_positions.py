@@ -20,7 +20,7 @@ def by_the_equations(embed, x):
     return channels.movedim(-1, embed.index)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     index=st.integers(-5, 5).filter(bool),
@@ -57,7 +57,7 @@ def test_a_grid_with_a_side_of_one_does_not_grow(grid):
     assert AxialPositionalEmbedding(4, (5, 6), interpolate=True)(x).shape == x.shape
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(trained=st.integers(2, 6), factor=st.integers(1, 4), index=st.sampled_from([1, 2, 3]))
 def test_a_ramp_stays_a_ramp_on_any_grid(trained, factor, index):
     embed = AxialPositionalEmbedding(2, (trained, 3), index, interpolate=True).double()

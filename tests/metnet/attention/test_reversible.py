@@ -85,7 +85,7 @@ def test_published_weights_load_strictly_and_give_the_published_results():
 
 
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_grid_depth_and_batch_gives_the_plain_gradients(batch, y, x, depth):
     blocks = pairs(depth, lambda: nn.Sequential(nn.Linear(x, x), nn.Tanh()))
     stack = ReversibleSequence(blocks).double()

@@ -53,7 +53,7 @@ def _check_parts_add_up(score: Score, axis: str) -> None:
     length = {"batch": 2, "lead": 3, "y": 12, "x": 10}[axis]
 
     @given(st.integers(0, 10_000), st.integers(1, length - 1))
-    @settings(max_examples=8, deadline=None, database=None)
+    @settings(max_examples=8, database=None)
     def parts_add_up(seed: int, cut: int) -> None:
         members = forecast_of(seed).members
         observed = with_gaps(storm(seed + 1, (2, 3, 12, 10)), seed)

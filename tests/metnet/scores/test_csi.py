@@ -87,7 +87,7 @@ def test_dry_runs_do_not_ruin_the_cut_of_wet_ones() -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None, database=None)
+@settings(max_examples=20, database=None)
 def test_the_cut_of_summed_runs_is_that_of_all_their_pixels_by_trying_all_cuts(seed: int) -> None:
     runs = [forecast_of(seed + place, members=24) for place in range(3)]
     seen = [with_gaps(storm(seed + 7 + place, (2, 3, 12, 10)), seed + place) for place in range(3)]

@@ -471,7 +471,7 @@ def test_a_start_among_folders_of_other_products_is_found(bucket, store, anonymo
     start=st.integers(0, 60 * 24),
     folder=st.sampled_from(["{:%Y%m%d}/", "{:%Y/%m/%d}/", "{:%Y/%j}/", ""]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_first_listing_has_every_file_from_the_start(days, start, folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     times = [DAY + timedelta(days=day, hours=hour) for day in days for hour in (0, 9, 23)]

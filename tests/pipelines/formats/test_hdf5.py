@@ -194,7 +194,7 @@ def test_values_come_in_the_shape_and_type_that_was_asked_for(tmp_path):
             hdf5.values(file, (3, 2))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     chunk=st.tuples(st.integers(1, 40), st.integers(1, 40)),

@@ -172,7 +172,7 @@ def test_a_count_is_three_tenths_of_a_millimetre_an_hour_of_c10_and_five_of_cscn
     assert read(other, cadence=6.0)[19, 10:13] == pytest.approx([0.5, 1.0, 500])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**31), code=st.sampled_from([-1, -2]))
 def test_what_is_masked_and_nothing_else_is_not_observed(seed, code, tmp_path_factory):
     generator = np.random.default_rng(seed)

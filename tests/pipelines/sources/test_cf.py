@@ -197,7 +197,7 @@ def test_a_unit_that_does_not_tell_is_refused(units, settings, tmp_path):
     assert "give source.factor" in refusal(path, **settings)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), kind=st.sampled_from(["i1", "u1", "i2", "u2", "i4", "f4", "f8"]))
 def test_packed_numbers_read_as_netcdf4_reads_them(seed, kind, tmp_path_factory):
     generator = np.random.default_rng(seed)

@@ -237,7 +237,7 @@ def test_every_value_of_a_one_byte_count_is_read(tmp_path):
     assert (values[1:] == -32.5).all()
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
 def test_exactly_what_has_no_data_is_not_observed(seed, share, tmp_path_factory):
     draw = np.random.default_rng(seed)
@@ -347,7 +347,7 @@ def test_a_reflectivity_of_no_meaning_is_refused(tmp_path):
         read(Radolan(product="RX"), path)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_no_flipped_bit_of_a_header_moves_or_rescales_a_field(share, bit, tmp_path_factory):
     message = bytearray(composite(dry() + np.uint16(5)))

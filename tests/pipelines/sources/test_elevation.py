@@ -174,7 +174,7 @@ def test_missing_tiles_and_voids_are_nan_and_shared_edges_are_filled_from_either
     assert frame.source == "NASA SRTM, 3 seconds, 3 tiles"
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
 def test_exactly_the_voids_of_a_tile_are_nan(seed, share, tmp_path_factory):
     random = np.random.default_rng(seed)

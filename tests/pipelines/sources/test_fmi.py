@@ -239,7 +239,7 @@ def test_a_zipped_pgm_is_the_same_frame_of_another_file(tmp_path):
     assert plain.sha256 != zipped.sha256
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seen=arrays(np.uint8, SMALL.shape, elements=st.integers(0, 200)), missing=arrays(bool, SMALL.shape))
 def test_what_is_not_observed_and_only_that_is_nan(seen, missing, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fmi")

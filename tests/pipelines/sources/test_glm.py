@@ -222,7 +222,7 @@ def test_where_the_instrument_does_not_look_is_not_observed_and_no_flash_is_zero
     assert beyond[32, 104] > 0  # seen, whatever the outline says
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(0, 400))
 def test_flashes_are_neither_lost_nor_doubled(seed, size, tmp_path_factory):
     generator = np.random.default_rng(seed)

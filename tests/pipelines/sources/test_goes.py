@@ -514,7 +514,7 @@ def test_a_lost_part_of_a_field_is_refused_and_never_read_as_the_fill_value(scen
         read(path, Goes(Imagery(13)))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
 def test_exactly_the_missing_part_is_nan(seed, share, tmp_path_factory):
     random = np.random.default_rng(seed)
@@ -547,7 +547,7 @@ def test_a_scan_is_valid_at_the_end_of_the_slot_in_which_it_is_complete(scene, m
     assert time - end > timedelta(minutes=-10 / 6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(jitter=st.lists(st.floats(-1.5, 1.5), min_size=2, max_size=12))
 def test_scans_that_jitter_fall_on_a_regular_time_axis(jitter):
     begin = datetime(2020, 6, 14, 12, 1, 17)

@@ -137,7 +137,7 @@ def message(
 RELIEF = np.arange(12).reshape(3, 4) * 37
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     bits=st.sampled_from([8, 16, 24]),
     reference=st.floats(-500, 500, width=16),
@@ -196,7 +196,7 @@ def test_another_or_damaged_file_is_refused_with_its_name_and_a_reason(kind, tmp
 
 
 @pytest.mark.data
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(place=st.integers(0, 83), bit=st.integers(0, 7))
 def test_no_flipped_bit_of_the_headers_moves_a_field(place, bit, data, tmp_path_factory):
     whole = bytearray((data / "meteonet" / "masks" / "NW_masks.grib").read_bytes())

@@ -199,7 +199,7 @@ def test_sums_of_5_minutes_become_rates_and_65535_alone_is_missing(
     np.testing.assert_allclose(frame.values[seen], counts[seen] * 0.12, rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_exactly_the_masked_part_is_missing(share, seed, tmp_path_factory):
     masked = np.random.default_rng(seed).random(GRID.shape) < share

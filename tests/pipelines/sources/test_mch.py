@@ -156,7 +156,7 @@ def test_the_colours_mean_nothing(tmp_path):
     assert np.array_equal(*values, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seen=arrays(np.uint8, SMALL.shape, elements=st.integers(0, 180)), missing=arrays(bool, SMALL.shape))
 def test_what_is_not_observed_and_only_that_is_nan(seen, missing, tmp_path_factory):
     path = tmp_path_factory.mktemp("mch") / NAME

@@ -172,7 +172,7 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
     assert not np.array_equal(before[0], read_all(path)[0])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**31))
 def test_what_is_minus_one_and_nothing_else_is_not_observed(seed, tmp_path_factory):
     generator = np.random.default_rng(seed)

@@ -230,7 +230,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_a_reason(damage, message, t
 
 
 @pytest.mark.data
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), head=st.booleans())
 def test_no_flipped_bit_changes_a_value_place_or_time_in_silence(
     share, bit, head, message, frame_of_it, tmp_path_factory

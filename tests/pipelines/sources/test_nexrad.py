@@ -292,7 +292,7 @@ def test_radials_that_are_missing_leave_a_gap_and_no_invention(tmp_path):
 
 
 @LAYOUTS
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_every_gate_stands_where_its_radial_points(layout, seed, tmp_path_factory):
     codes = np.random.default_rng(seed).integers(0, 180, (360, 10)).astype(np.uint8)
@@ -421,7 +421,7 @@ def test_a_damaged_volume_is_refused_with_its_name_and_a_reason(damage, tmp_path
         read(tmp_path / name, spoil(), place=None if name == NEW else PLACE)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), head=st.booleans())
 def test_no_flipped_bit_changes_a_value_place_or_time_in_silence(share, bit, head, tmp_path_factory):
     codes = np.random.default_rng(1).integers(0, 180, (360, 10)).astype(np.uint8)

@@ -196,7 +196,7 @@ def test_cloud_types_of_2013_are_other_classes_and_0_is_unknown(tmp_path):
             NwcsafHdf5(grid).read(RemoteFile(str(path), None))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**31))
 def test_what_is_masked_and_nothing_else_is_not_observed(seed, tmp_path_factory):
     generator = np.random.default_rng(seed)

@@ -260,7 +260,7 @@ def test_nodata_may_be_no_number_or_the_largest(tmp_path):
         assert np.array_equal(frame.values, RATES_READ, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     masks=arrays(np.bool_, st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9))),
     counted=st.booleans(),

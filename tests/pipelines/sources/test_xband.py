@@ -199,7 +199,7 @@ def test_only_pictures_from_before_the_change_are_turned_anticlockwise(tmp_path)
         assert np.array_equal(frame.values, same.values, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     grey=arrays(np.uint8, (SIDE, SIDE), elements=st.integers(0, 190)),
     alpha=arrays(np.uint8, (SIDE, SIDE), elements=st.sampled_from([0, 128, 254, 255])),
