@@ -58,7 +58,8 @@ def carry_ahead(
 ) -> Float[Tensor, "batch frame time y x"]:
     """The fields carried ahead by some minutes each along a motion that they keep for an hour.
 
-    That far the pattern of motion goes with the rain (`come_from`); later it stays where it is.
+    That far the pattern of motion goes with the rain (`come_from`), and it becomes another by and by
+    (`turned`); later it stays where it is.
 
     Args:
         fields: as in `advect`; so is what is told.
@@ -69,42 +70,55 @@ def carry_ahead(
     """
     batch, frame, y_size, x_size = fields.shape
     result = fields.new_empty(batch, frame, len(minutes), y_size, x_size)
-    framed = bordered(fields)
-    way = torch.cat([motion, becomes - motion], dim=1)
-    for rows in _bands(y_size, batch * x_size):
-        later, reached = motion.new_zeros(batch, 2, len(rows), x_size), 0.0
-        for index, time in enumerate(minutes):
-            beyond = max(0.0, time.item() - KEPT)
-            later = trace(becomes, later, rows, beyond - reached, longest_step)
-            reached = beyond
-            place = come_from(way, time.clamp(max=KEPT), later, rows)
-            result[:, :, index, rows.start : rows.stop] = sampled(framed, place, rows)
+    framed, later, reached = bordered(fields), None, 0.0
+    for index, time in enumerate(minutes):
+        way, beyond = turned(motion, becomes, time.clamp(max=KEPT)), max(0.0, time.item() - KEPT)
+        if later is None and beyond:
+            later = torch.zeros_like(motion)
+        for rows in _bands(y_size, batch * x_size):
+            band = slice(rows.start, rows.stop)
+            start = None
+            if later is not None:
+                start = trace(becomes, later[:, :, band], rows, beyond - reached, longest_step)
+                later[:, :, band] = start
+            place = come_from(way, time.clamp(max=KEPT), rows, start)
+            result[:, :, index, band] = sampled(framed, place, rows)
+        reached = beyond
     return result
 
 
+def turned(
+    motion: Float[Tensor, "batch 2 y x"], becomes: Float[Tensor, "batch 2 y x"], minutes: Float[Tensor, ""]
+) -> Float[Tensor, "batch 2 y x"]:
+    """A motion that becomes another by and by, on the mean over so many minutes.
+
+    Small lumps of rain go as it is and are gone in minutes; what lasts goes as larger ones do.
+    """
+    return torch.lerp(motion, becomes, minutes / (minutes + TURNING))
+
+
 def come_from(
-    way: Float[Tensor, "batch 4 y x"],
+    motion: Float[Tensor, "batch 2 y x"],
     minutes: Float[Tensor, ""],
-    displacement: Float[Tensor, "batch 2 row x"],
     rows: range,
+    start: Float[Tensor, "batch 2 row x"] | None = None,
 ) -> Float[Tensor, "batch 2 row x"]:
-    """Where that is now which will have come to some displaced cells in some minutes: displacements (cells).
+    """Where that is now which will have come to some rows in some minutes, or to cells displaced from there.
 
     Rain keeps the motion v that it has, so what is at x was d = -minutes * v(x + d) away. That is solved in
     two steps from d = -minutes * v(x), the second from halfway between the two before it, which overshoots
-    less; after much more than an hour it is not, and two places tell of the same rain. And motion becomes
-    another by and by, for small lumps of rain go as it is and are gone in minutes, and what lasts goes as
-    larger ones do: of how that differs, which stands behind it in `way`, it has had a share by then.
+    less; after much more than an hour it is not, and two places tell of the same rain.
+
+    Returns:
+        Displacements (cells) of the rows' cells.
     """
-    share = minutes / (minutes + TURNING)
-
-    def passed(away: Float[Tensor, "batch 2 row x"]) -> Float[Tensor, "batch 2 row x"]:
-        told = motion_at(way, displacement + away, rows)
-        return minutes * (told[:, :2] + share * told[:, 2:])
-
-    here = passed(torch.zeros_like(displacement))
-    there = passed(-here)
-    return displacement - passed(-(here + there) / 2)
+    if start is None:
+        here = minutes * motion[:, :, rows.start : rows.stop]
+        start = torch.zeros_like(here)
+    else:
+        here = minutes * motion_at(motion, start, rows)
+    there = minutes * motion_at(motion, start - here, rows)
+    return start - minutes * motion_at(motion, start - (here + there) / 2, rows)
 
 
 def _bands(y_size: int, row: int) -> Iterator[range]:
@@ -135,8 +149,8 @@ def trace(
 
 
 def motion_at(
-    motion: Float[Tensor, "batch part y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
-) -> Float[Tensor, "batch part row x"]:
+    motion: Float[Tensor, "batch 2 y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
+) -> Float[Tensor, "batch 2 row x"]:
     """The motion at the displaced cells, bilinear; outside the grid that of its nearest cell."""
     y_size, x_size = motion.shape[-2:]
     x = torch.arange(x_size, device=motion.device) + displacement[:, 0]

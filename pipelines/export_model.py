@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
-from metnet.advection import KEPT, bordered, come_from, motion_at, sampled
+from metnet.advection import KEPT, bordered, come_from, motion_at, sampled, turned
 from metnet.batch import Batch
 from metnet.mended import mended
 from metnet.model import Changes, MetNet, Moving
@@ -274,14 +274,19 @@ class Unrolled:
     def carried(self, lead_times: Sequence[float]) -> Float[Tensor, "1 frame lead Y X"]:
         """As `Moving.carried`, the whole map at a time."""
         framed, flow, late = bordered(self.together), self.moving.motion, self.moving.age[0, 0]
-        turned = mended(flow, self.together, self.moving.age)
-        way = torch.cat([flow, turned - flow], dim=1)
-        later, reached, told = torch.zeros_like(flow), torch.zeros_like(late), []
+        becomes = mended(flow, self.together, self.moving.age)
+        later, reached, told = None, torch.zeros_like(late), []
         for before, lead in pairwise([-self.oldest, *lead_times]):
-            beyond = (late + lead - KEPT).clamp(min=0)
-            most = min(lead - before, self.oldest + lead - KEPT)
-            later, reached = self._back(turned, later, beyond - reached, most), beyond
-            place = come_from(way, (late + lead).clamp(max=KEPT), later, self._rows)
+            most = self.oldest + lead - KEPT
+            if most > 0:
+                beyond = (late + lead - KEPT).clamp(min=0)
+                start = torch.zeros_like(flow) if later is None else later
+                later, reached = (
+                    self._back(becomes, start, beyond - reached, min(lead - before, most)),
+                    beyond,
+                )
+            minutes = (late + lead).clamp(max=KEPT)
+            place = come_from(turned(flow, becomes, minutes), minutes, self._rows, later)
             told.append(sampled(framed, place, self._rows))
         return torch.stack(told, dim=2)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metnet.advection import KEPT, TURNING, advect, carry_ahead, come_from
+from metnet.advection import KEPT, TURNING, advect, carry_ahead, come_from, turned
 
 
 def uniform(x: float, y: float, shape: tuple[int, int]) -> torch.Tensor:
@@ -193,10 +193,12 @@ def test_rain_keeps_its_motion():
     """It comes from where it goes as far as from there to here, at the motion that it has there."""
     first, slopes, minutes = (0.1, -0.3), [[0.004, 0.006], [-0.005, 0.003]], 20.0
     motion = linear(first, slopes, (30, 44))
-    way = torch.cat([motion, 0.4 * motion], dim=1)  # it becomes 1.4 times as much
+    way = turned(motion, 1.4 * motion, torch.tensor(minutes))
     scaled = minutes * (1 + 0.4 * minutes / (minutes + TURNING))
     rows = range(10, 20)
-    told = come_from(way, torch.tensor(minutes), torch.zeros(1, 2, 10, 44), rows)[0]
+    told = come_from(way, torch.tensor(minutes), rows)[0]
+    moved = come_from(way, torch.tensor(minutes), rows, torch.zeros(1, 2, 10, 44))[0]
+    torch.testing.assert_close(moved, told, atol=1e-4, rtol=0)
     inverse = torch.linalg.inv(torch.eye(2) + scaled * torch.tensor(slopes))
     y, x = torch.meshgrid(torch.arange(10.0, 20.0), torch.arange(44.0), indexing="ij")
     here = torch.stack([x, y])
