@@ -72,7 +72,8 @@ def carry_ahead(
     result = fields.new_empty(batch, frame, len(minutes), y_size, x_size)
     framed, later, reached = bordered(fields), None, 0.0
     for index, time in enumerate(minutes):
-        way, beyond = turned(motion, becomes, time.clamp(max=KEPT)), max(0.0, time.item() - KEPT)
+        kept, beyond = time.clamp(max=KEPT), max(0.0, time.item() - KEPT)
+        way = turned(motion, becomes, kept)
         if later is None and beyond:
             later = torch.zeros_like(motion)
         for rows in _bands(y_size, batch * x_size):
@@ -81,7 +82,7 @@ def carry_ahead(
             if later is not None:
                 start = trace(becomes, later[:, :, band], rows, beyond - reached, longest_step)
                 later[:, :, band] = start
-            place = come_from(way, time.clamp(max=KEPT), rows, start)
+            place = come_from(way, kept, rows, start)
             result[:, :, index, band] = sampled(framed, place, rows)
         reached = beyond
     return result

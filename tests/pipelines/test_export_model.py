@@ -196,7 +196,6 @@ def test_lead_times_are_cut_as_the_network_cuts_them(cube, monkeypatch):
     torch.testing.assert_close(said, model(batch).probability, atol=1e-6, rtol=0)
 
 
-@needs_onnx
 @pytest.mark.parametrize("missing", [(), (0,), (0, 1)])
 def test_a_graph_carries_rain_as_the_network_does_however_late_and_far(missing):
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
@@ -212,6 +211,7 @@ def test_a_graph_carries_rain_as_the_network_does_however_late_and_far(missing):
     torch.testing.assert_close(told, moving.carried(torch.tensor(times)), atol=1e-4, rtol=0, equal_nan=True)
 
 
+@needs_onnx
 @pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
