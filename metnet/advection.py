@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-TURNING = 10.0  # minutes over which a motion is, on the mean, half of what it becomes
 KEPT = 60.0  # minutes for which rain keeps its motion
 CELLS_AT_ONCE = 2**16  # a band of rows of this size stays in a processor's cache: ten times as fast
 
@@ -52,19 +51,16 @@ def advect(
 def carry_ahead(
     fields: Float[Tensor, "batch frame y x"],
     motion: Float[Tensor, "batch 2 y x"],
-    becomes: Float[Tensor, "batch 2 y x"],
     minutes: Float[Tensor, "time"],
     longest_step: float = 5.0,
 ) -> Float[Tensor, "batch frame time y x"]:
     """The fields carried ahead by some minutes each along a motion that they keep for an hour.
 
-    That far the pattern of motion goes with the rain (`come_from`), and it becomes another by and by
-    (`turned`); later it stays where it is.
+    That far the pattern of motion goes with the rain (`come_from`); later it stays where it is.
 
     Args:
         fields: as in `advect`; so is what is told.
         motion: cells per minute, as in `advect`.
-        becomes: what it becomes by and by, likewise, and is after that hour.
         minutes: not below 0.
         longest_step: minutes of one step along a trajectory that leads beyond that hour.
     """
@@ -73,29 +69,18 @@ def carry_ahead(
     framed, later, reached = bordered(fields), None, 0.0
     for index, time in enumerate(minutes):
         kept, beyond = time.clamp(max=KEPT), max(0.0, time.item() - KEPT)
-        way = turned(motion, becomes, kept)
         if later is None and beyond:
             later = torch.zeros_like(motion)
         for rows in _bands(y_size, batch * x_size):
             band = slice(rows.start, rows.stop)
             start = None
             if later is not None:
-                start = trace(becomes, later[:, :, band], rows, beyond - reached, longest_step)
+                start = trace(motion, later[:, :, band], rows, beyond - reached, longest_step)
                 later[:, :, band] = start
-            place = come_from(way, kept, rows, start)
+            place = come_from(motion, kept, rows, start)
             result[:, :, index, band] = sampled(framed, place, rows)
         reached = beyond
     return result
-
-
-def turned(
-    motion: Float[Tensor, "batch 2 y x"], becomes: Float[Tensor, "batch 2 y x"], minutes: Float[Tensor, ""]
-) -> Float[Tensor, "batch 2 y x"]:
-    """A motion that becomes another by and by, on the mean over so many minutes.
-
-    Small lumps of rain go as it is and are gone in minutes; what lasts goes as larger ones do.
-    """
-    return torch.lerp(motion, becomes, minutes / (minutes + TURNING))
 
 
 def come_from(
@@ -117,9 +102,9 @@ def come_from(
         here = minutes * motion[:, :, rows.start : rows.stop]
         start = torch.zeros_like(here)
     else:
-        here = minutes * motion_at(motion, start, rows)
-    there = minutes * motion_at(motion, start - here, rows)
-    return start - minutes * motion_at(motion, start - (here + there) / 2, rows)
+        here = minutes * smooth_at(motion, start, rows)
+    there = minutes * smooth_at(motion, start - here, rows)
+    return start - minutes * smooth_at(motion, start - (here + there) / 2, rows)
 
 
 def _bands(y_size: int, row: int) -> Iterator[range]:
@@ -144,20 +129,20 @@ def trace(
     """Displacements (cells) traced further back by `minutes` (midpoint rule)."""
     steps = math.ceil(abs(minutes) / longest_step)
     for _ in range(steps):
-        halfway = displacement - motion_at(motion, displacement, rows) * (minutes / steps / 2)
-        displacement = displacement - motion_at(motion, halfway, rows) * (minutes / steps)
+        halfway = displacement - smooth_at(motion, displacement, rows) * (minutes / steps / 2)
+        displacement = displacement - smooth_at(motion, halfway, rows) * (minutes / steps)
     return displacement
 
 
-def motion_at(
-    motion: Float[Tensor, "batch 2 y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
-) -> Float[Tensor, "batch 2 row x"]:
-    """The motion at the displaced cells, bilinear; outside the grid that of its nearest cell."""
-    y_size, x_size = motion.shape[-2:]
-    x = torch.arange(x_size, device=motion.device) + displacement[:, 0]
-    y = torch.arange(rows.start, rows.stop, device=motion.device)[:, None] + displacement[:, 1]
+def smooth_at(
+    field: Float[Tensor, "batch channel y x"], displacement: Float[Tensor, "batch 2 row x"], rows: range
+) -> Float[Tensor, "batch channel row x"]:
+    """A smooth field at the displaced cells, bilinear; outside the grid that of its nearest cell."""
+    y_size, x_size = field.shape[-2:]
+    x = torch.arange(x_size, device=field.device) + displacement[:, 0]
+    y = torch.arange(rows.start, rows.stop, device=field.device)[:, None] + displacement[:, 1]
     place = torch.stack([2 * x / max(x_size - 1, 1) - 1, 2 * y / max(y_size - 1, 1) - 1], dim=-1)
-    return F.grid_sample(motion, place, mode="bilinear", padding_mode="border", align_corners=True)
+    return F.grid_sample(field, place, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def sampled(

@@ -42,6 +42,12 @@ def decibel(rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.where(rate >= WET * (1 - 1e-3), wet, DRY).where(~rate.isnan(), 0.0)
 
 
+def decibel_blocks(rate: Float[Tensor, "n Y X"]) -> Float[Tensor, "n rows columns"]:
+    """The mean of `decibel` in blocks; NaN of those of which no more than half was observed."""
+    seen = F.avg_pool2d((~rate.isnan()).to(rate.dtype), BLOCK)
+    return (F.avg_pool2d(decibel(rate), BLOCK) / seen).where(seen > 0.5, torch.nan)
+
+
 @dataclass(frozen=True)
 class Levels:
     """Rain in dB as differences of means over wider and wider neighbourhoods, of what was observed."""

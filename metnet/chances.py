@@ -31,7 +31,7 @@ FEW = 0.01  # of an area: so many cells' frequencies are half believed
 UNSEEN = 1e-3  # what a cell that was not observed counts by one that was, where none was
 NEVER = 1e-7  # a share
 GROWS = 0.1, 1.0  # mm/h: rain of the first rate grows in area as it did, of the second and more it does not
-LASTS = 60.0  # minutes that an area goes on growing or shrinking, falling off exponentially
+LASTS = 60.0  # minutes that what grows or shrinks goes on, falling off exponentially
 SURE = 0.2  # share of an area: of so much rain half of the growth is believed
 MOST = 0.3  # by which the logarithm of a frequency changes
 ERRS = 0.75  # of what motion is in doubt it errs by, along each axis
@@ -115,8 +115,13 @@ def grown_by(
     growth: Float[Tensor, "batch 1 rows columns"], minutes: Float[Tensor, "batch lead"]
 ) -> Float[Tensor, "sample 1 rows columns"]:
     """What the growth comes to after some minutes: in logarithms, and at most `MOST`."""
-    lasting = LASTS * (1 - torch.exp(-minutes / LASTS))
-    return (growth[:, None] * lasting[:, :, None, None, None]).flatten(0, 1).clamp(-MOST, MOST)
+    told = growth[:, None] * lasting(minutes)[:, :, None, None, None]
+    return told.flatten(0, 1).clamp(-MOST, MOST)
+
+
+def lasting(minutes: Float[Tensor, "batch lead"]) -> Float[Tensor, "batch lead"]:
+    """As many minutes of what lasts as come to what goes on for so many, ever less of it."""
+    return LASTS * (1 - torch.exp(-minutes / LASTS))
 
 
 def _values(

@@ -1,4 +1,4 @@
-"""`mended`: what motion becomes on the way, put right by what frames show that were carried along it.
+"""`mended`: the motion that rain goes on along, put right by what frames show that were carried along it.
 
 Optical flow from frame to frame is slowed by what stands still (echoes of the ground, rain that forms over
 the same hills), and such frames lie too close together to tell it from noise. Carried along it to one time,
@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from metnet.cascade import decibel
+from metnet.cascade import decibel_blocks
 from metnet.prior import BLOCK, box_mean, risen
 
 SURROUNDINGS = 17  # blocks along a side, of means of means: what tells the motion of a place
 EVEN = 1.0  # (dB a block) squared: of rain as even as this, half of what it shows is believed
 ENOUGH = 100.0  # minutes squared: of a frame older by their root, seen all over, so much is; of less, less
-SEEN = 0.5  # of a block must be
 FARTHEST = 2.0  # blocks that flow may lack from the newest frame to the next: more shows something else
 LEAST = 1e-12  # determinant of what tells nothing
 
@@ -29,7 +28,7 @@ def mended(
     frames: Float[Tensor, "batch frame Y X"],
     age: Float[Tensor, "batch frame"],
 ) -> Float[Tensor, "batch 2 Y X"]:
-    """What motion (cells a minute) becomes after the time that all frames were carried to along `motion`.
+    """The motion (cells a minute) from the time on that all frames were carried to along `motion`.
 
     It is `motion` where there is but one frame, or nothing to see in them.
 
@@ -38,7 +37,7 @@ def mended(
         frames: mm/h, the newest first; NaN = not observed. The sides of the grid must be multiples of 4.
         age: minutes, of each as it was seen.
     """
-    newest, *others = (_blocks(frame) for frame in frames.unbind(dim=1))
+    newest, *others = (decibel_blocks(frame) for frame in frames.unbind(dim=1))
     gaps = (age - age[:, :1]).clamp(min=0)  # 0: the same frame again tells nothing
     sums = newest.new_zeros(len(newest), 6, *newest.shape[1:])
     for older, gap in zip(others, gaps[:, 1:].unbind(dim=1), strict=True):
@@ -51,12 +50,6 @@ def mended(
     unknown = (gaps == 0) | frames.isnan().flatten(2).all(dim=2)
     farthest = (FARTHEST / gaps.masked_fill(unknown, torch.inf).amin(dim=1))[:, None, None, None]
     return motion + BLOCK * risen(lacking.clamp(-farthest, farthest))
-
-
-def _blocks(rate: Float[Tensor, "batch Y X"]) -> Float[Tensor, "batch y x"]:
-    """Decibel in blocks; NaN of those that were not observed."""
-    seen = F.avg_pool2d((~rate.isnan()).to(rate.dtype), BLOCK)
-    return (F.avg_pool2d(decibel(rate), BLOCK) / seen).where(seen > SEEN, torch.nan)
 
 
 def _seen(one: Float[Tensor, "batch y x"], other: Float[Tensor, "batch y x"]) -> Float[Tensor, "batch 1 y x"]:

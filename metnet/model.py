@@ -24,6 +24,7 @@ from metnet.cascade import Lags, continued
 from metnet.chances import chances, displaced, grown_by, growth
 from metnet.conv_lstm import ConvLSTM
 from metnet.downsampler import Downsampler
+from metnet.evolution import evolution, evolved
 from metnet.head import Categorical, Head, Link, climatology, spelt
 from metnet.inputs import Inputs
 from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
@@ -321,13 +322,13 @@ class Moving:
 
     @cached_property
     def mended(self) -> Float[Tensor, "batch 2 Y X"]:
-        """The motion that theirs becomes by and by from there."""
+        """The motion from there on."""
         return mended(self.motion, self.together, self.age)
 
     @cached_property
     def changes(self) -> "Changes":
         """How rain changes, the same for all lead times."""
-        return Changes.of(self.together, self.age)
+        return Changes.of(self.together, self.age, self.mended)
 
     def ahead(self, lead_time: Float[Tensor, "lead"]) -> Float[Tensor, "batch frame lead"]:
         """By how many minutes each frame counts as ahead: as many as it is carried, or `STILL` times as many.
@@ -347,10 +348,8 @@ class Moving:
         """The frames carried to the time of the newest, and all from there to each lead time (mm/h)."""
         with torch.no_grad():  # nothing in it is learned
             each = [
-                carry_ahead(frames[None], flow[None], way[None], lead_time + ages[0])
-                for frames, flow, way, ages in zip(
-                    self.together, self.motion, self.mended, self.age, strict=True
-                )
+                carry_ahead(frames[None], way[None], lead_time + ages[0])
+                for frames, way, ages in zip(self.together, self.mended, self.age, strict=True)
             ]
             return torch.cat(each)
 
@@ -361,11 +360,19 @@ class Changes(NamedTuple):
     paces: Float[Tensor, "batch 2 Y X"]  # how fast
     lags: Lags  # how rain of each size hangs together from frame to frame
     growth: Float[Tensor, "batch 1 rows columns"]  # how fast the area grows that it rains on
+    evolution: Float[Tensor, "batch 1 y x"]  # what rain gains at each place
+    motion: Float[Tensor, "batch 2 Y X"]  # that it goes on along
 
     @classmethod
-    def of(cls, frames: Float[Tensor, "batch frame Y X"], age: Float[Tensor, "batch frame"]) -> "Changes":
-        """Those of frames (mm/h), the newest first, and their ages (minutes)."""
-        return cls(pace(frames), Lags.of(frames, age), growth(frames, age))
+    def of(
+        cls,
+        frames: Float[Tensor, "batch frame Y X"],
+        age: Float[Tensor, "batch frame"],
+        motion: Float[Tensor, "batch 2 Y X"],
+    ) -> "Changes":
+        """Those of frames (mm/h), the newest first, their ages (minutes) and their motion from there on."""
+        lags, source = Lags.of(frames, age), evolution(frames, age)
+        return cls(pace(frames), lags, growth(frames, age), source, motion)
 
 
 def _to_carry(
@@ -422,6 +429,8 @@ def _told(
     minutes, now = minutes_of(ahead, frame), newest.flatten(0, 1)
     older = filled[:, min(1, filled.shape[1] - 1)].flatten(0, 1)
     onward = continued(now, older, changes.lags.after(ahead[:, 0]).flatten(0, 1))
+    gained = evolved(changes.evolution, changes.motion, ahead[:, 0])
+    onward = onward._replace(rain=onward.rain + gained)
     told = describe(filled, minutes, age, changes.paces, onward)
     errs = doubt[:, None] * minutes
     grown = grown_by(changes.growth, ahead[:, 0])

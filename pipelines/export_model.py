@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet import model as engine
-from metnet.advection import KEPT, bordered, come_from, motion_at, sampled, turned
+from metnet.advection import KEPT, bordered, come_from, sampled, smooth_at
 from metnet.batch import Batch
 from metnet.mended import mended
 from metnet.model import Changes, MetNet, Moving
@@ -267,26 +267,29 @@ class Unrolled:
         return torch.cat(each, dim=1)
 
     @cached_property
+    def mended(self) -> Float[Tensor, "1 2 Y X"]:
+        """As `Moving.mended`."""
+        return mended(self.moving.motion, self.together, self.moving.age)
+
+    @cached_property
     def changes(self) -> Changes:
         """As `Moving.changes`."""
-        return Changes.of(self.together, self.moving.age)
+        return Changes.of(self.together, self.moving.age, self.mended)
 
     def carried(self, lead_times: Sequence[float]) -> Float[Tensor, "1 frame lead Y X"]:
         """As `Moving.carried`, the whole map at a time."""
-        framed, flow, late = bordered(self.together), self.moving.motion, self.moving.age[0, 0]
-        becomes = mended(flow, self.together, self.moving.age)
+        framed, late = bordered(self.together), self.moving.age[0, 0]
+        way = self.mended
         later, reached, told = None, torch.zeros_like(late), []
         for before, lead in pairwise([-self.oldest, *lead_times]):
             most = self.oldest + lead - KEPT
             if most > 0:
                 beyond = (late + lead - KEPT).clamp(min=0)
-                start = torch.zeros_like(flow) if later is None else later
-                later, reached = (
-                    self._back(becomes, start, beyond - reached, min(lead - before, most)),
-                    beyond,
-                )
+                start = torch.zeros_like(way) if later is None else later
+                later = self._back(way, start, beyond - reached, min(lead - before, most))
+                reached = beyond
             minutes = (late + lead).clamp(max=KEPT)
-            place = come_from(turned(flow, becomes, minutes), minutes, self._rows, later)
+            place = come_from(way, minutes, self._rows, later)
             told.append(sampled(framed, place, self._rows))
         return torch.stack(told, dim=2)
 
@@ -305,8 +308,8 @@ class Unrolled:
         steps = (minutes / LONGEST_STEP).ceil()
         for step in range(math.ceil(most / LONGEST_STEP)):
             length = torch.where(step < steps, minutes / steps, 0.0)
-            halfway = displacement - motion_at(motion, displacement, self._rows) * (length / 2)
-            displacement = displacement - motion_at(motion, halfway, self._rows) * length
+            halfway = displacement - smooth_at(motion, displacement, self._rows) * (length / 2)
+            displacement = displacement - smooth_at(motion, halfway, self._rows) * length
         return displacement
 
 

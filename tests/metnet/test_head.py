@@ -87,8 +87,7 @@ def test_in_front_of_the_prior_the_forecast_is_the_prior_at_the_start(link):
     with torch.no_grad():
         said = net(batch).probability
         past = net.encode(batch)
-        rain = past.rain.motion, past.rain.mended
-        newest = carry_ahead(batch.radar[:, -1:], *rain, batch.lead_time)[:, 0]
+        newest = carry_ahead(batch.radar[:, -1:], past.rain.mended, batch.lead_time)[:, 0]
         assert torch.equal(past.rain.carried(batch.lead_time)[:, 0].nan_to_num(), newest.nan_to_num())
         carried = past.rain.carried(batch.lead_time)
         seen = carried[:, 0]

@@ -46,10 +46,10 @@ def test_before_training_the_forecast_is_the_widened_extrapolation():
     radar, ages = batch.radar[:, -3:].flip(1), batch.age[:, -3:].flip(1)
     together = [advect(radar[:, n], batch.motion, ages[0, n : n + 1]) for n in range(3)]
     further = mended(batch.motion, torch.cat(together, dim=1), ages)
-    carried = carry_ahead(radar[:, :1], batch.motion, further, LEADS)[0, 0]
+    carried = carry_ahead(radar[:, :1], further, LEADS)[0, 0]
     minutes = torch.zeros_like(carried)  # since each value was seen
     for back, age in ((1, 5.0), (2, 10.0)):
-        older = carry_ahead(together[back], batch.motion, further, LEADS)[0, 0]
+        older = carry_ahead(together[back], further, LEADS)[0, 0]
         filled = carried.isnan() & ~older.isnan()
         carried, minutes = torch.where(filled, older, carried), minutes.masked_fill(filled, age)
     usual = np.array(climatology(BINS))

@@ -206,7 +206,10 @@ def test_a_graph_carries_rain_as_the_network_does_however_late_and_far(missing):
     order = [*kept, *missing][:3]
     moving = Moving(frames[:, order], age[:, order], motion, torch.zeros(1, 24, 32), torch.tensor([1000.0]))
     times = [10.0, 30.0, 50.0, 55.0, 70.0, 90.0, 180.0]
-    told = export_model.Unrolled(moving, oldest=24.0).carried(times)
+    unrolled = export_model.Unrolled(moving, oldest=24.0)
+    for one, other in zip(unrolled.changes[2:], moving.changes[2:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    told = unrolled.carried(times)
     assert (~told[0, 0, 5].isnan()).any()
     torch.testing.assert_close(told, moving.carried(torch.tensor(times)), atol=1e-4, rtol=0, equal_nan=True)
 
