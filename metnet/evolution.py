@@ -32,7 +32,7 @@ def evolution(
 ) -> Float[Tensor, "batch 1 y x"]:
     """What rain gained at each place since the oldest frame that shows it (dB a minute, in blocks).
 
-    0 where nobody knows, and of a grid of a single block.
+    0 where nobody knows, and all over a grid that is one block wide.
 
     Args:
         frames: mm/h, carried to one time, the newest first; NaN = not observed. The sides of the grid must
