@@ -21,7 +21,6 @@ from torch import Tensor
 
 from metnet.cascade import AREA, WIDE, Continued, areas, blocks
 from metnet.prior import BLOCK, COARSE, box_mean, risen
-from metnet.rain import RainBins
 
 DOUBLED = 120.0  # minutes in which what motion and cascade do not know of doubles the spread
 LEAST = 0.05  # dB: spread
@@ -44,7 +43,7 @@ def chances(
     onward: Continued,
     newest: Float[Tensor, "sample Y X"],
     minutes: Float[Tensor, "sample Y X"],
-    bins: RainBins,
+    reached: Float[Tensor, "sample edge"],
     grown: Float[Tensor, "sample 1 rows columns"],
 ) -> Float[Tensor, "sample bin Y X"]:
     """The probability of each class; of what was not observed, as the cascade has it.
@@ -53,12 +52,12 @@ def chances(
         onward: what `newest` goes on to.
         newest: mm/h, carried to the lead time; NaN = not observed.
         minutes: by which it counts as carried ahead, at each pixel.
-        bins: the classes.
+        reached: mm/h from which on the sensor tells each class (`metnet.quantisation`).
         grown: what is added to the logarithm of how often it rains in wide areas, as `grown_by` tells it.
     """
     spread = (onward.close * (1 + minutes / DOUBLED)).clamp(min=LEAST)
     narrow = 1 / (math.sqrt(2) * spread)
-    values = _values(onward.rain, narrow, newest, bins, grown)
+    values = _values(onward.rain, narrow, newest, reached, grown)
     above = risen(values, WIDE, newest.shape[1:])  # and from here on in its place, for it may be large
     above = above.sub_(onward.rain[:, None]).mul_(-narrow[:, None]).erf_().add_(1).mul_(0.5)
     between = (above[:, :-1] - above[:, 1:]).clamp_(min=0)  # rounding must not make one negative
@@ -128,7 +127,7 @@ def _values(
     rain: Float[Tensor, "sample Y X"],
     narrow: Float[Tensor, "sample Y X"],
     newest: Float[Tensor, "sample Y X"],
-    bins: RainBins,
+    reached: Float[Tensor, "sample edge"],
     grown: Float[Tensor, "sample 1 rows columns"],
 ) -> Float[Tensor, "sample edge rows columns"]:
     """The value (dB) that is exceeded as often as each class will be reached, in the area around each block.
@@ -137,20 +136,22 @@ def _values(
     """
     few = (slice(None), slice(None, None, EVERY), slice(None, None, EVERY))
     some, frame = rain[few], newest[few]
-    edges = torch.tensor(bins.edges).to(rain)
+    edges = reached[:, :, None, None]
     seen = (~frame.isnan()).to(rain.dtype)
     # rates that lie on an edge have reached it, however they were rounded
-    reached = (frame[:, None] >= edges[:, None, None] * (1 - 1e-6)).to(rain.dtype)
+    there = (frame[:, None] >= edges * (1 - 1e-6)).to(rain.dtype)
     counts = seen + UNSEEN
     steps = [LOWEST + STEP * number for number in range(COUNT)]
     above = ((0.5 + 0.5 * torch.erf((some - step) * narrow[few])) * counts for step in steps)
-    fields = chain((seen, counts), reached.unbind(dim=1), above)  # in blocks as soon as each is there
+    fields = chain((seen, counts), there.unbind(dim=1), above)  # in blocks as soon as each is there
     told = torch.cat([blocks(field[:, None], WIDE // EVERY) for field in fields], dim=1)
-    known, all_of_it, often, expected = torch.split(areas(told, 1, AREA), [1, 1, len(edges), COUNT], dim=1)
+    known, all_of_it, often, expected = torch.split(
+        areas(told, 1, AREA), [1, 1, reached.shape[1], COUNT], dim=1
+    )
     curve = (expected / all_of_it).clamp(min=NEVER).log()  # falls from step to step
     usual = _at(curve, (10 * edges.log10() - LOWEST) / STEP)
     least, most = (math.log10(rate) for rate in GROWS)
-    share = ((most - edges.log10()) / (most - least)).clamp(0, 1)[:, None, None]
+    share = ((most - edges.log10()) / (most - least)).clamp(0, 1)
     often = torch.minimum(often * (share * grown).exp(), known)
     wanted = (often + FEW * usual.exp()) / (known + FEW)
     # what shrinks at low rates must not become rarer than what is heavier
@@ -158,10 +159,13 @@ def _values(
     return LOWEST + STEP * _place(curve, falling.clamp(min=NEVER).log())
 
 
-def _at(curve: Float[Tensor, "n step y x"], places: Float[Tensor, "place"]) -> Float[Tensor, "n place y x"]:
+def _at(
+    curve: Float[Tensor, "n step y x"], places: Float[Tensor, "n place 1 1"]
+) -> Float[Tensor, "n place y x"]:
     """The values of a curve at some places along its steps, linear between them."""
     low = places.floor().clamp(0, curve.shape[1] - 2).long()
-    return torch.lerp(curve[:, low], curve[:, low + 1], (places - low)[:, None, None])
+    here, next_one = (curve.take_along_dim(index, dim=1) for index in (low, low + 1))
+    return torch.lerp(here, next_one, places - low)
 
 
 def _place(

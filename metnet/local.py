@@ -78,7 +78,6 @@ class Local(nn.Module):
     def __init__(self, bins: RainBins, frames: int, hidden: int):
         super().__init__()
         self.classes = [_class_from(bins, rate) for rate in RATES]
-        self.edges = [math.log(edge + LEAST_RATE) for edge in bins.edges]
         self.rates = known_rates(frames)
         inputs = described(frames) + len(RATES)
         self.register_buffer("centre", torch.zeros(inputs))
@@ -93,11 +92,17 @@ class Local(nn.Module):
         told: Float[Tensor, "sample feature Y X"],
         prior: Float[Tensor, "sample bin Y X"],
         likely: Float[Tensor, "sample bin Y X"],
+        reached: Float[Tensor, "sample edge"],
     ) -> Float[Tensor, "sample bin Y X"]:
-        """Log-probabilities of the classes, from what `describe` tells, those of the prior, and `chances`."""
+        """Log-probabilities of the classes, from what `describe` tells, those of the prior, and `chances`.
+
+        `reached` are the rates (mm/h) from which on the sensor tells each class (`metnet.quantisation`).
+        """
         rows = max(1, CELLS_AT_ONCE // (len(told) * told.shape[3]))
         bands = zip(*(torch.split(part, rows, dim=2) for part in (told, prior, likely)), strict=True)
-        return torch.cat([self._mixed(self._hidden(*band[:2]), *band) for band in bands], dim=2)
+        edges = reached[:, :, None, None]
+        mixed = [self._mixed(self._hidden(here, said), here, said, some, edges) for here, said, some in bands]
+        return torch.cat(mixed, dim=2)
 
     def fit(
         self, pixels: Pixels, prior: AdvectionPrior, steps: int, rate: float = 3e-3, seed: int = 0
@@ -146,7 +151,7 @@ class Local(nn.Module):
         dropping: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """The mean of -log P of what fell; of hidden numbers that are dropped, the others take the place."""
-        maps = _as_map(pixels.told), _as_map(said), _as_map(pixels.likely)
+        maps = _as_map(pixels.told), _as_map(said), _as_map(pixels.likely), _as_map(pixels.reached)
         hidden = self._hidden(*maps[:2])
         if dropping is not None:
             kept = torch.rand(hidden.shape, generator=dropping) >= DROPPED
@@ -174,6 +179,7 @@ class Local(nn.Module):
         told: Float[Tensor, "sample feature Y X"],
         prior: Float[Tensor, "sample bin Y X"],
         likely: Float[Tensor, "sample bin Y X"],
+        reached: Float[Tensor, "sample edge #Y #X"],
     ) -> Float[Tensor, "sample bin Y X"]:
         """Log-probabilities of the prior, the parts and `chances` together.
 
@@ -188,7 +194,8 @@ class Local(nn.Module):
         place = (unscaled_rain(middle) + LEAST_RATE).log() + FARTHEST_SHIFT * (shift / FARTHEST_SHIFT).tanh()
         narrow = (-USUAL_WIDTH - width.clamp(*WIDTHS)).exp()  # one over the width
         shares = torch.cat([torch.zeros_like(share[:, :1]), share], dim=1).softmax(dim=1)
-        above = [(torch.sigmoid((place - edge) * narrow) * shares[:, 1:]).sum(dim=1) for edge in self.edges]
+        edges = (reached[:, :, None] + LEAST_RATE).log().unbind(dim=1)
+        above = [(torch.sigmoid((place - edge) * narrow) * shares[:, 1:]).sum(dim=1) for edge in edges]
         ends = [shares[:, 1:].sum(dim=1), *above, torch.zeros_like(above[0])]
         given = torch.stack([low - high for low, high in pairwise(ends)], dim=1)
         learned = shares[:, :1] * prior.exp() + given.clamp(min=IMPOSSIBLE)

@@ -31,6 +31,7 @@ from metnet.lead_time import LeadTimeEmbedding, LeadTimePlanes
 from metnet.local import Local, describe, pace
 from metnet.mended import mended
 from metnet.prior import NEAR, AdvectionPrior, Pixels, minutes_of, neighbourhoods, pixels
+from metnet.quantisation import Steps
 from metnet.rain import BinnedForecast, RainBins
 from metnet.scaling import RainScaling, Unit
 from metnet.surroundings import Surroundings
@@ -186,15 +187,16 @@ class MetNet(nn.Module):
         carried = rain.carried(whole.lead_time)
         newest, frame = _newest(carried)
         ahead = rain.ahead(whole.lead_time)
-        told: tuple[Tensor | None, Tensor | None] = None, None
+        told: tuple[Tensor | None, ...] = ()
         if self.local is not None:
             changing = rain.age, rain.doubt, rain.changes
-            told = _told(self.bins, carried, newest, frame, ahead, *changing)
+            told = _told(rain.steps, carried, newest, frame, ahead, *changing)
         down, right = (
             full - part for full, part in zip(newest.shape[2:], batch.target.shape[2:], strict=True)
         )
         target = F.pad(batch.target, (0, right, 0, down), value=torch.nan)
-        return pixels(self.bins, newest, ahead, whole.cell_size, target, count, generator, frame, *told)
+        drawn = target, count, generator, frame
+        return pixels(self.bins, newest, ahead, whole.cell_size, *drawn, *told)
 
     def encode(self, batch: Batch) -> "Past":
         """The past, which no lead time changes: its memory, and what is seen at full resolution.
@@ -252,8 +254,8 @@ class MetNet(nn.Module):
         said = self.prior(newest, ahead, rain.cell_size, frame)
         if self.local is not None:
             changing = rain.age, rain.doubt, rain.changes
-            known, likely = _told(self.bins, carried, newest, frame, ahead, *changing)
-            said = self.local(known, said.flatten(0, 1), likely).unflatten(0, (-1, lead))
+            known, *beside = _told(rain.steps, carried, newest, frame, ahead, *changing)
+            said = self.local(known, said.flatten(0, 1), *beside).unflatten(0, (-1, lead))
         return self.link.logits(self.link.numbers(said) + self._heard(numbers))
 
     def _heard(
@@ -269,7 +271,7 @@ class MetNet(nn.Module):
         """The frames that are carried, of a batch with a motion."""
         assert whole.motion is not None
         motion, doubt = whole.motion[:, :2], whole.motion[:, 2:].sum(dim=1)
-        return Moving(*_to_carry(whole.radar, whole.age), motion, doubt, whole.cell_size)
+        return Moving(*_to_carry(whole.radar, whole.age), motion, doubt, whole.cell_size, self.bins)
 
     def _coarse(
         self, past: "Past", lead_time: Float[Tensor, "lead"]
@@ -314,6 +316,12 @@ class Moving:
     motion: Float[Tensor, "batch 2 Y X"]  # cells per minute
     doubt: Float[Tensor, "batch Y X"]  # by how much it is in doubt, likewise
     cell_size: Float[Tensor, "batch"]  # metres
+    bins: RainBins  # that are forecast
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The rates from which on the sensor tells each class."""
+        return Steps.of(self.radar, self.bins)
 
     @cached_property
     def together(self) -> Float[Tensor, "batch frame Y X"]:
@@ -415,7 +423,7 @@ def _newest(
 
 
 def _told(
-    bins: RainBins,
+    steps: Steps,
     carried: Float[Tensor, "batch frame lead Y X"],
     newest: Float[Tensor, "batch lead Y X"],
     frame: UInt8[Tensor, "batch lead Y X"],
@@ -423,8 +431,13 @@ def _told(
     age: Float[Tensor, "batch frame"],
     doubt: Float[Tensor, "batch Y X"],
     changes: Changes,
-) -> tuple[Float[Tensor, "sample feature Y X"], Float[Tensor, "sample bin Y X"]]:
-    """What is known around each pixel, and its `chances`; `newest` and `frame` as `_newest` tells them."""
+) -> tuple[
+    Float[Tensor, "sample feature Y X"], Float[Tensor, "sample bin Y X"], Float[Tensor, "sample edge"]
+]:
+    """What is known around each pixel, its `chances`, and from which rate on each class is told.
+
+    `newest` and `frame` are as `_newest` tells them.
+    """
     filled = torch.cat([newest[:, None], carried[:, 1:]], dim=1)
     minutes, now = minutes_of(ahead, frame), newest.flatten(0, 1)
     older = filled[:, min(1, filled.shape[1] - 1)].flatten(0, 1)
@@ -434,7 +447,9 @@ def _told(
     told = describe(filled, minutes, age, changes.paces, onward)
     errs = doubt[:, None] * minutes
     grown = grown_by(changes.growth, ahead[:, 0])
-    return told, chances(displaced(onward, errs.flatten(0, 1)), now, minutes.flatten(0, 1), bins, grown)
+    reached = steps.near.repeat_interleave(carried.shape[2], dim=0)
+    likely = chances(displaced(onward, errs.flatten(0, 1)), now, minutes.flatten(0, 1), reached, grown)
+    return told, likely, steps.after(ahead[:, 0])
 
 
 class Stream(nn.Module):

@@ -139,6 +139,7 @@ class Pixels:
     fell: Int[Tensor, "pixel"]  # the class that was observed
     told: Float[Tensor, "pixel feature"]  # what else is known there
     likely: Float[Tensor, "pixel class"]  # and how likely each class is by `metnet.chances`
+    reached: Float[Tensor, "pixel edge"]  # mm/h from which on each class is told (`metnet.quantisation`)
 
     def __len__(self) -> int:
         """How many pixels."""
@@ -166,11 +167,13 @@ def pixels(
     frame: UInt8[Tensor, "batch lead Y X"] | None = None,
     told: Float[Tensor, "sample feature Y X"] | None = None,
     likely: Float[Tensor, "sample bin Y X"] | None = None,
+    reached: Float[Tensor, "sample edge"] | None = None,
 ) -> Pixels:
     """Some of the observed pixels of a target, `count` of each sample and lead time, drawn with repetition.
 
-    `ahead` and `frame` are those of `AdvectionPrior.forward`, `told` is what else is known there,
-    and `likely` what `metnet.chances` says. The sides of the grid must be multiples of 4.
+    `ahead` and `frame` are those of `AdvectionPrior.forward`, `told` is what else is known there, `likely`
+    what `metnet.chances` says, and `reached` what `metnet.quantisation` does. The sides of the grid must be
+    multiples of 4.
     """
     frame = torch.zeros_like(carried, dtype=torch.uint8) if frame is None else frame
     onehot, seen = _classes(bins, carried)
@@ -182,6 +185,7 @@ def pixels(
     minutes = minutes_of(ahead, frame).flatten(2).flatten(0, 1)
     nothing = fell.new_zeros(*fell.shape, 0, dtype=near.dtype)
     known, said = (nothing if part is None else part.flatten(2).mT for part in (told, likely))
+    edges = nothing[:, 0] if reached is None else reached
     parts = []
     for sample, observed in enumerate(fell):
         there = torch.nonzero(observed >= 0)[:, 0]
@@ -189,13 +193,12 @@ def pixels(
             some = there[torch.randint(0, len(there), (count,), generator=generator)]
             around = near[sample, some]
             place = (minutes[sample, some], sizes[sample].expand(count), observed[some])
-            parts.append(
-                Pixels(around[..., :-1], around[..., -1], *place, known[sample, some], said[sample, some])
-            )
+            beside = (known[sample, some], said[sample, some], edges[sample].expand(count, -1))
+            parts.append(Pixels(around[..., :-1], around[..., -1], *place, *beside))
     if not parts:
         empty = torch.zeros(0, len(SIDES), len(bins)), torch.zeros(0, len(SIDES))
         none = torch.zeros(0, dtype=torch.int64)
-        return Pixels(*empty, torch.zeros(0), torch.zeros(0), none, known[0, :0], said[0, :0])
+        return Pixels(*empty, torch.zeros(0), torch.zeros(0), none, known[0, :0], said[0, :0], edges[:0])
     return Pixels.joined(parts)
 
 

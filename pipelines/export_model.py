@@ -53,7 +53,7 @@ NEAR = 1e-4  # of a probability: how far what was written may be from the networ
 LATE = 30.0  # minutes by which frames may come later than their cadence has it
 LOOKED_AT = 12  # frames of a cube, of which the wettest becomes the real sample
 OPSET = 20  # of ONNX: the first whose GridSample is the present one
-INT64 = 7  # as ONNX numbers its types
+INT32, INT64 = 6, 7  # as ONNX numbers its types
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 log = logging.getLogger(__name__)
 MEANING = {
@@ -343,7 +343,10 @@ def _write_onnx(graph: Graph, inputs: tuple[Tensor, ...], to: Path) -> None:
             opset_version=OPSET,
             input_names=list(graph.names),
             output_names=["probability"],
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            custom_translation_table={
+                torch.ops.aten.sort.stable: _stable_sort(),
+                torch.ops.aten.searchsorted.Tensor: _search_sorted(),
+            },
             verbose=False,
             optimize=False,
         )
@@ -383,6 +386,20 @@ def _stable_sort() -> Callable[..., Any]:
         return op.GatherElements(self, index, axis=dim), index
 
     return sort
+
+
+def _search_sorted() -> Callable[..., Any]:
+    """Likewise: how many of the numbers that rise along each row lie below others, or are no greater."""
+    op = importlib.import_module("onnxscript").opset20
+
+    def search_sorted(self: Any, other: Any, right: bool = False, **_: Any) -> Any:
+        """All numbers are compared with all others."""
+        last = op.Constant(value_ints=[-1])
+        each, numbers = op.Unsqueeze(other, last), op.Unsqueeze(self, op.Constant(value_ints=[-2]))
+        lower = op.LessOrEqual(numbers, each) if right else op.Less(numbers, each)
+        return op.Cast(op.ReduceSum(op.Cast(lower, to=INT32), last, keepdims=0), to=INT64)
+
+    return search_sorted
 
 
 def _opened(path: Path, names: Sequence[str]) -> Run:

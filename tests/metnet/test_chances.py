@@ -28,12 +28,17 @@ def everywhere(newest, grown=0.0):
     return torch.full((len(newest), 1, rows, columns), grown)
 
 
+def edges(frames):
+    """What a sensor tells each class from whose values are fine."""
+    return torch.tensor(BINS.edges).expand(len(frames), -1)
+
+
 def said(newest, spread, minutes=0.0, onward=None, grown=0.0):
     """The chances where rain goes on to `onward`, or to itself."""
     told = decibel(newest) if onward is None else onward
     open_ = torch.full_like(told, spread)
     ahead = torch.full_like(told, minutes)
-    return chances(Continued(told, open_, open_), newest, ahead, BINS, everywhere(newest, grown))
+    return chances(Continued(told, open_, open_), newest, ahead, edges(newest), everywhere(newest, grown))
 
 
 def above(told):
@@ -124,7 +129,9 @@ def test_they_say_what_members_say_that_are_drawn():
     frames[:, 1], frames[:, 2] = (frames[:, 0].roll(n, -1) for n in (1, 2))
     coefficients = Lags.of(frames, AGE).after(torch.tensor([[20.0]]))[:, 0]
     onward = continued(frames[:, 0], frames[:, 1], coefficients)
-    told = above(chances(onward, frames[:, 0], torch.zeros(1, SIDE, SIDE), BINS, everywhere(frames[:, 0])))[0]
+    told = above(
+        chances(onward, frames[:, 0], torch.zeros(1, SIDE, SIDE), edges(frames), everywhere(frames[:, 0]))
+    )[0]
     random = torch.Generator().manual_seed(0)
     ordered = frames[0, 0].flatten().sort().values
     drawn = torch.zeros_like(told)
@@ -136,6 +143,19 @@ def test_they_say_what_members_say_that_are_drawn():
     assert (told - drawn).mean(dim=(1, 2)).abs().max() < 0.02
 
 
+def test_rates_that_a_sensor_tells_as_a_class_come_as_often_as_it_tells_it():
+    """One that rounds to 0.6 mm/h: what lies between two cells' values has the class that it rounds to."""
+    newest = (rain(5) / 0.6).round() * 0.6
+    between = 0.5 * (newest + newest.roll(1, 1))
+    rounding = torch.tensor([[0.3, 0.3, 0.9, 4.5, 20.0]])
+    told = Continued(decibel(between), *2 * [torch.full_like(between, 0.1)])
+    said = above(chances(told, between, torch.zeros_like(between), rounding, everywhere(between)))
+    wanted = torch.stack([(between >= edge).float().mean() for edge in rounding[0]])
+    torch.testing.assert_close(said.mean(dim=(0, 2, 3)), wanted, atol=0.01, rtol=0)
+    assert said[0, 0].mean() > often(between)[1] + 0.02
+    torch.testing.assert_close(said[:, 0], said[:, 1])
+
+
 def test_samples_are_told_of_by_themselves_and_the_spread_is_that_of_each_cell():
     pair = torch.cat([rain(7), rain(8, wet=-12.0)])
     close = torch.rand(2, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 6
@@ -143,7 +163,7 @@ def test_samples_are_told_of_by_themselves_and_the_spread_is_that_of_each_cell()
 
     def of(part, close):
         onward = Continued(decibel(pair[part]), torch.full_like(close, 99.0), close)
-        return chances(onward, pair[part], minutes[part], BINS, everywhere(pair[part]))
+        return chances(onward, pair[part], minutes[part], edges(pair[part]), everywhere(pair[part]))
 
     both = of(slice(None), close)
     for sample in (0, 1):
@@ -157,11 +177,11 @@ def test_samples_are_told_of_by_themselves_and_the_spread_is_that_of_each_cell()
 def test_a_curve_is_read_and_turned_around_as_numpy_interpolates():
     random = torch.Generator().manual_seed(0)
     curve = torch.rand(2, 9, 3, 4, generator=random).cumsum(dim=1).flip(1)
-    places = torch.tensor([0.0, 0.4, 3.0, 6.7, 8.0])
-    read = _at(curve, places)
+    places = torch.tensor([[0.0, 0.4, 3.0, 6.7, 8.0], [7.0, 2.2, 0.1, 8.0, 5.5]])
+    read = _at(curve, places[:, :, None, None])
     for n, y, x in np.ndindex(2, 3, 4):
         line = curve[n, :, y, x].numpy()
-        np.testing.assert_allclose(read[n, :, y, x], np.interp(places, np.arange(9), line), rtol=1e-5)
+        np.testing.assert_allclose(read[n, :, y, x], np.interp(places[n], np.arange(9), line), rtol=1e-5)
         back = np.interp(-read[n, :, y, x].numpy(), -line, np.arange(9))
         np.testing.assert_allclose(_place(curve, read)[n, :, y, x], back, atol=1e-4)
     beyond = torch.tensor([99.0, -99.0])[None, :, None, None].expand(2, 2, 3, 4)

@@ -154,15 +154,15 @@ def test_rain_that_dies_at_a_coast_goes_on_dying_there(late):
         return 10 ** ((12 + 4 * shape - 0.5 * (X - 64).clamp(min=0) / speed) / 10)
 
     frames = torch.stack([rain(-age.item()) for age in ages[0]])[None]
-    moving = Moving(frames, ages, uniform(speed), torch.zeros(1, SIDE, SIDE), torch.tensor([1000.0]))
+    moving = Moving(frames, ages, uniform(speed), torch.zeros(1, SIDE, SIDE), torch.tensor([1000.0]), BINS)
     lead = torch.tensor([minutes])
     carried = moving.carried(lead)
-    seen = BINS, carried, *_newest(carried), moving.ahead(lead), moving.age, moving.doubt
+    seen = moving.steps, carried, *_newest(carried), moving.ahead(lead), moving.age, moving.doubt
     nothing = moving.changes._replace(evolution=torch.zeros_like(moving.changes.evolution))
     known = (~carried[0, 0, 0].isnan()) & (X > 70) & (X < 110)
     fell = (rain(minutes) >= 20.0)[known].float()
     edge = BINS.edges.index(20.0) + 1
-    (without, before), (told, after) = (_told(*seen, changes) for changes in (nothing, moving.changes))
+    (without, before, _), (told, after, _) = (_told(*seen, changes) for changes in (nothing, moving.changes))
     error, less = (((part[0, edge:].sum(dim=0)[known] - fell) ** 2).mean() for part in (before, after))
     assert less < 0.95 * error
     gained = evolved(moving.changes.evolution, moving.mended, lead[None] + late)

@@ -34,6 +34,7 @@ from metnet.rain import RainBins
 from metnet.scaling import scaled_rain
 
 BINS = RainBins((0.1, 1.0, 5.0), 50.0)
+EDGES = torch.tensor([BINS.edges])
 LEADS = torch.tensor([5.0, 30.0])
 FRAMES = 3
 REACH = (
@@ -130,7 +131,9 @@ def test_the_further_ahead_the_more_the_cascade_counts_and_nothing_where_nothing
     def share(minutes, seen=1.0):
         told = torch.zeros(1, described(FRAMES), 1, 1)
         told[:, made.rates + SEEN], told[:, LATER] = seen, math.log(minutes / REFERENCE)
-        return ((made(told, prior, likely).exp()[0, 2, 0, 0] - 1 / len(BINS)) / (1 - 1 / len(BINS))).item()
+        return (
+            (made(told, prior, likely, EDGES).exp()[0, 2, 0, 0] - 1 / len(BINS)) / (1 - 1 / len(BINS))
+        ).item()
 
     assert share(60.0) == pytest.approx(0.0, abs=1e-4), "before anything was fitted"
     made.pool.copy_(torch.tensor(POOL))
@@ -376,18 +379,22 @@ def one_sided(made, shift=0.0, width=0.0, rate=0):
     return made
 
 
+@pytest.mark.parametrize("edges", [BINS.edges, (0.06, 0.75, 5.0)])
 @pytest.mark.parametrize(("shift", "width"), [(0.0, 0.0), (0.5, 0.7), (-1.0, -1.5)])
-def test_a_part_is_a_logistic_distribution_of_the_logarithm_of_the_rate(shift, width):
+def test_a_part_is_a_logistic_distribution_of_the_logarithm_of_the_rate(shift, width, edges):
+    """And its classes begin where the sensor tells them."""
     made = one_sided(Local(BINS, FRAMES, 8), shift, width, rate=3)
     told = torch.zeros(1, described(FRAMES), 1, 1)
     told[:, 3] = scaled_rain(torch.tensor(4.0))
     prior = torch.full((1, len(BINS), 1, 1), 1 / len(BINS)).log()
     middle = math.log(4.0 + LEAST_RATE) + FARTHEST_SHIFT * math.tanh(shift / FARTHEST_SHIFT)
     below = logistic.cdf(
-        [math.log(edge + LEAST_RATE) for edge in BINS.edges], middle, math.exp(USUAL_WIDTH + width)
+        [math.log(edge + LEAST_RATE) for edge in edges], middle, math.exp(USUAL_WIDTH + width)
     )
     expected = np.diff([0.0, *below, 1.0])
-    np.testing.assert_allclose(made(told, prior, prior.exp()).exp().detach().flatten(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        made(told, prior, prior.exp(), torch.tensor([edges])).exp().detach().flatten(), expected, atol=1e-5
+    )
 
 
 def test_numbers_far_off_count_as_the_farthest_that_may_be():
@@ -401,6 +408,8 @@ def test_numbers_far_off_count_as_the_farthest_that_may_be():
     told = torch.zeros(3, described(FRAMES), 1, 1)
     told[:, made.rates :] = torch.tensor([1e6, 2.0 + 0.5 * FARTHEST, 5.0])[:, None, None, None]
     told[:, [made.rates + SEEN, LATER]] = 1.0  # which are no numbers to be far off
-    far, farthest, near = made(told, *(part.expand(3, -1, -1, -1) for part in (prior, prior.exp())))
+    far, farthest, near = made(
+        told, *(part.expand(3, *part.shape[1:]) for part in (prior, prior.exp(), EDGES))
+    )
     torch.testing.assert_close(far, farthest)
     assert (far - near).abs().max() > 1e-3

@@ -212,10 +212,10 @@ def test_each_sample_and_each_part_of_a_grid_counts_as_ahead_by_the_motion_there
     cases = [(radar, still), (batch.radar, still), (radar, batch.motion), (batch.radar, batch.motion)]
     radars, motions = (torch.cat(each) for each in zip(*cases, strict=True))
     age = batch.age.expand(4, -1)
-    moving = Moving(*_to_carry(radars, age), motions, motions[:, 0].abs(), batch.cell_size.expand(4))
+    moving = Moving(*_to_carry(radars, age), motions, motions[:, 0].abs(), batch.cell_size.expand(4), BINS)
     factors = moving.ahead(LEADS)[:, 0] / (LEADS + batch.age[0, -1])
     assert factors.tolist() == [[STILL] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3]
-    one = Moving(radar[:, -1:], batch.age[:, -1:], still, still[:, 0], batch.cell_size)
+    one = Moving(radar[:, -1:], batch.age[:, -1:], still, still[:, 0], batch.cell_size, BINS)
     assert torch.equal(one.ahead(LEADS)[0, 0], LEADS + batch.age[0, -1]), "of a network that sees one"
 
 
@@ -223,7 +223,7 @@ def test_a_newest_frame_that_comes_late_is_carried_as_one_in_time_is_to_as_much_
     batch = a_batch()
     radar, age = _to_carry(batch.radar, batch.age)
     slow, sure = batch.motion / 2, torch.zeros_like(batch.motion[:, 0])
-    now, late = (Moving(radar, age + by, slow, sure, batch.cell_size) for by in (0.0, 20.0))
+    now, late = (Moving(radar, age + by, slow, sure, batch.cell_size, BINS) for by in (0.0, 20.0))
     assert (now.mended - slow).abs().max() > 1e-3
     torch.testing.assert_close(late.carried(LEADS), now.carried(LEADS + 20), equal_nan=True)
     torch.testing.assert_close(late.changes.paces, now.changes.paces)

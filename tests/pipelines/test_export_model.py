@@ -204,7 +204,8 @@ def test_a_graph_carries_rain_as_the_network_does_however_late_and_far(missing):
     frames[:, list(missing)] = torch.nan
     kept = [n for n in range(4) if n not in missing]
     order = [*kept, *missing][:3]
-    moving = Moving(frames[:, order], age[:, order], motion, torch.zeros(1, 24, 32), torch.tensor([1000.0]))
+    shown = frames[:, order], age[:, order]
+    moving = Moving(*shown, motion, torch.zeros(1, 24, 32), torch.tensor([1000.0]), RainBins.preferred())
     times = [10.0, 30.0, 50.0, 55.0, 70.0, 90.0, 180.0]
     unrolled = export_model.Unrolled(moving, oldest=24.0)
     for one, other in zip(unrolled.changes[2:], moving.changes[2:], strict=True):
