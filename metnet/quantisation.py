@@ -17,10 +17,8 @@ from torch import Tensor
 from metnet.rain import RainBins
 
 EVERY = 2  # of so many rows and columns one is looked at
-SHARED = (
-    5  # cells, at least, that share a value: others are of no step, but of rain that was averaged or moved
-)
-MANY = 20  # so many are half believed to be told it by a sensor that has steps
+SHARED = 5  # cells have a value, or more: then it may be a step
+MANY = 20  # so many are half believed, where none lies between two of them
 ALIKE = 1e-4  # of a value: as much apart they are the same
 FADES = 10.0  # minutes in which what tells dry from the least value loses its hold, exponentially
 
