@@ -62,13 +62,16 @@ class Calibration:
     class_weights: tuple[float, ...] = ()  # by which the loss counted pixels of each class; none: all alike
 
     def __call__(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
-        """The calibrated forecast; `lead_time` in minutes. A few rows at once, to spare memory."""
+        """The calibrated forecast; `lead_time` in minutes."""
+        return self.in_place(replace(forecast, probability=forecast.probability.clone()), lead_time)
+
+    def in_place(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
+        """The same, where the forecast's own memory may be written over; a few rows at once."""
         moved = [pair != ((0.0, 0.0), (0.0, 0.0)) for pair in zip(self.level, self.drift, strict=True)]
         if not any(moved) and not self.class_weights:
             return forecast
         first = moved.index(True) if any(moved) else 0  # classes below this edge stay as they are
-        said = _unweighted(forecast.probability, self.class_weights)
-        calibrated = said if self.class_weights else said.clone()
+        calibrated = _unweighted(forecast.probability, self.class_weights)
         batch, _, _, _, columns = calibrated.shape
         rows = max(1, CELLS_AT_ONCE // (batch * columns))
         for index, minutes in enumerate(lead_time):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet.lead_time import FiLM
+from metnet.pointwise import Pointwise
 from metnet.rain import RainBins, log_tails
 
 DRY_SHARE = 0.85  # of pixels and times, before anything is learned
@@ -102,7 +103,7 @@ class Head(nn.Module):
         self.rise = nn.Conv2d(channels, 4 * fine_channels, 1)
         self.tell = FiLM(features, fine_channels)
         self.mix = nn.Conv2d(fine_channels, fine_channels, 3, padding=1)
-        self.classify = nn.Conv2d(fine_channels, count, 1)
+        self.classify = Pointwise(fine_channels, count)
         nn.init.normal_(self.classify.weight, std=0.0 if usual is None else 0.01)
         start = torch.zeros(count) if usual is None else torch.tensor(usual)
         self.classify.bias = nn.Parameter(start)

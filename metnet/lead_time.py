@@ -107,4 +107,4 @@ class FiLM(nn.Module):
     ) -> Float[Tensor, "sample channel y x"]:
         """`x * (1 + scale) + shift`, with both made from `told`."""
         scale, shift = torch.chunk(self.dense(told)[:, :, None, None], 2, dim=1)
-        return x * (1 + scale) + shift
+        return torch.addcmul(shift, x, 1 + scale)

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metnet.cascade import Continued, areas, decibel
+from metnet.pointwise import Pointwise
 from metnet.prior import BLOCK, FEWEST, NEAR, REFERENCE, AdvectionPrior, Pixels, means, risen
 from metnet.rain import RainBins
 from metnet.scaling import scaled_rain, unscaled_rain
@@ -82,8 +83,8 @@ class Local(nn.Module):
         inputs = described(frames) + len(RATES)
         self.register_buffer("centre", torch.zeros(inputs))
         self.register_buffer("spread", torch.ones(inputs))
-        self.first = nn.Conv2d(inputs, hidden, 1)
-        self.last = nn.Conv2d(hidden, PARTS * (3 + self.rates), 1)
+        self.first = Pointwise(inputs, hidden)
+        self.last = Pointwise(hidden, PARTS * (3 + self.rates))
         self.register_buffer("pool", torch.zeros(2))
         self._begin(SHUT)
 
@@ -99,7 +100,8 @@ class Local(nn.Module):
         `reached` are the rates (mm/h) from which on the sensor tells each class (`metnet.quantisation`).
         """
         rows = max(1, CELLS_AT_ONCE // (len(told) * told.shape[3]))
-        bands = zip(*(torch.split(part, rows, dim=2) for part in (told, prior, likely)), strict=True)
+        parts = (torch.split(part, rows, dim=2) for part in (told, prior, likely))
+        bands = ((here, said.exp(), some) for here, said, some in zip(*parts, strict=True))
         edges = reached[:, :, None, None]
         mixed = [self._mixed(self._hidden(here, said), here, said, some, edges) for here, said, some in bands]
         return torch.cat(mixed, dim=2)
@@ -117,7 +119,7 @@ class Local(nn.Module):
         said = _said(prior, pixels)
         self._begin(AJAR)
         with torch.no_grad():
-            inputs = self._inputs(_as_map(pixels.told), _as_map(said))
+            inputs = self._inputs(_as_map(pixels.told), _as_map(said.exp()))
             self.centre.copy_(inputs.mean(dim=(0, 2, 3)))
             self.spread.copy_(inputs.std(dim=(0, 2, 3), correction=0).clamp(min=0.02))
         generator = torch.Generator().manual_seed(seed)
@@ -151,7 +153,8 @@ class Local(nn.Module):
         dropping: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """The mean of -log P of what fell; of hidden numbers that are dropped, the others take the place."""
-        maps = _as_map(pixels.told), _as_map(said), _as_map(pixels.likely), _as_map(pixels.reached)
+        told, likely, reached = (_as_map(part) for part in (pixels.told, pixels.likely, pixels.reached))
+        maps = told, _as_map(said.exp()), likely, reached
         hidden = self._hidden(*maps[:2])
         if dropping is not None:
             kept = torch.rand(hidden.shape, generator=dropping) >= DROPPED
@@ -194,11 +197,14 @@ class Local(nn.Module):
         place = (unscaled_rain(middle) + LEAST_RATE).log() + FARTHEST_SHIFT * (shift / FARTHEST_SHIFT).tanh()
         narrow = (-USUAL_WIDTH - width.clamp(*WIDTHS)).exp()  # one over the width
         shares = torch.cat([torch.zeros_like(share[:, :1]), share], dim=1).softmax(dim=1)
-        edges = (reached[:, :, None] + LEAST_RATE).log().unbind(dim=1)
-        above = [(torch.sigmoid((place - edge) * narrow) * shares[:, 1:]).sum(dim=1) for edge in edges]
-        ends = [shares[:, 1:].sum(dim=1), *above, torch.zeros_like(above[0])]
-        given = torch.stack([low - high for low, high in pairwise(ends)], dim=1)
-        learned = shares[:, :1] * prior.exp() + given.clamp(min=IMPOSSIBLE)
+        edges = (reached + LEAST_RATE).log()
+        above = torch.zeros_like(edges)
+        for one in (slice(part, part + 1) for part in range(PARTS)):
+            exceeded = torch.sigmoid((place[:, one] - edges) * narrow[:, one])
+            above = torch.addcmul(above, exceeded, shares[:, 1:][:, one])
+        whole = shares[:, 1:].sum(dim=1, keepdim=True)
+        given = torch.cat([whole - above[:, :1], above[:, :-1] - above[:, 1:], above[:, -1:]], dim=1)
+        learned = shares[:, :1] * prior + given.clamp(min=IMPOSSIBLE)
         level, slope = self.pool
         seen, later = told[:, self.rates + SEEN].unsqueeze(1), told[:, LATER].unsqueeze(1)
         return torch.lerp(learned, likely, seen * torch.sigmoid(level + slope * later)).log()
@@ -207,7 +213,7 @@ class Local(nn.Module):
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
     ) -> Float[Tensor, "sample input Y X"]:
         """What is told, and the logits of exceeding some rates by the prior."""
-        said = prior.detach().exp()
+        said = prior.detach()
         ends = pairwise([*self.classes, said.shape[1]])
         between = torch.stack([said[:, low:high].sum(dim=1) for low, high in ends], dim=1)
         above = between.flip(1).cumsum(dim=1).flip(1)

@@ -80,8 +80,8 @@ class TrainedModel:
             log.warning("lead times beyond %g min: the model never saw any", max(self.lead_times))
 
     def _calibrated(self, forecast: BinnedForecast, batch: Batch) -> BinnedForecast:
-        """The forecast as validation data put it right, if they did."""
-        return forecast if self.calibration is None else self.calibration(forecast, batch.lead_time)
+        """The forecast, which nobody else holds, as validation data put it right, if they did."""
+        return forecast if self.calibration is None else self.calibration.in_place(forecast, batch.lead_time)
 
     def uncalibrated(self) -> "TrainedModel":
         """The same with the network's own probabilities."""

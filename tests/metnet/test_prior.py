@@ -10,7 +10,7 @@ from metnet.advection import advect, carry_ahead
 from metnet.batch import Batch
 from metnet.mended import mended
 from metnet.model import STILL, MetNet, Moving, _to_carry, climatology
-from metnet.prior import FINE, SIDES, AdvectionPrior, Pixels, means, pixels
+from metnet.prior import FINE, SIDES, AdvectionPrior, Pixels, _share, box_mean, means, pixels
 from metnet.rain import RainBins
 
 BINS = RainBins((0.1, 1.0, 5.0), 50.0)
@@ -299,3 +299,10 @@ def test_means_of_squares_are_those_that_trained_weights_have_seen_to_the_bit():
     fields = torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0))
     for said, side in zip(means(fields), FINE, strict=False):
         assert torch.equal(said, F.avg_pool2d(fields, side, stride=1, padding=side // 2))
+
+
+@pytest.mark.parametrize("side", FINE)
+def test_shares_counted_in_bytes_are_the_means_to_the_bit(side):
+    ones = (torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    ones[0, 0] = 1.0
+    assert torch.equal(_share(ones, side), box_mean(ones, side))
