@@ -8,7 +8,7 @@ newest frame. Unlike an ensemble of STEPS, it knows that the area that it rains 
 shrinking for a while as it did (`growth`); and as its perturbed motions do, it carries rain elsewhere where
 the motion is in doubt (`displaced`). It has no weights that could know an event by heart; how fast the
 spread grows (`DOUBLED`), how long growth lasts, how much of it and of the doubt counts, and how much all of
-this counts (`metnet.local.POOL`) were chosen by hand (docs/benchmarks.md, "What the chances earn").
+this counts (`metnet.local.POOL`) were chosen by hand (docs/experiments.md, "What the chances earn").
 """
 
 import math

@@ -5,7 +5,7 @@ Carried along its motion, rain keeps its rate but for a source (Germann & Zawadz
 but much of it does not go with them: hills, coasts and fronts, where rain forms or dies as it comes by, and
 what a radar sees less of than of its surroundings, stay or lag behind. So what rain gained or lost between
 the last frames is kept where it has come to, and what comes by there gains or loses as much, for a while.
-Nothing of it is learned (docs/benchmarks.md, "Rain rises and dies where it passes").
+Nothing of it is learned (docs/experiments.md, "Rain rises and dies where it passes").
 """
 
 import torch

@@ -4,7 +4,7 @@ Optical flow from frame to frame is slowed by what stands still (echoes of the g
 the same hills), and such frames lie too close together to tell it from noise. Carried along it to one time,
 older frames lie a little beside the newest one; by how much, in wide surroundings, is what it lacks (Lucas &
 Kanade 1981, IJCAI, 674-679, by least squares over all older frames). The frames themselves are best brought
-together along the flow as it was (docs/benchmarks.md, "A motion put right").
+together along the flow as it was (docs/experiments.md, "A motion put right").
 """
 
 import torch

@@ -3,8 +3,8 @@
 Radars tell rain in steps: KNMI's accumulations of 5 minutes in 0.12 mm/h, the Bureau of Meteorology's of 6
 in 0.5 mm/h, MeteoSwiss' in half decibels of reflectivity. What is told as 0.5 mm/h is rain from 0.25 to
 0.75, if the sensor rounds; so "at least 1 mm/h" is 0.75 mm/h to it, and 1 mm/h to one whose values are fine.
-Who tells smooth distributions of rain must know what is asked of them (docs/benchmarks.md, "Sensors tell rain
-in steps").
+Who tells smooth distributions of rain must know what is asked of them (docs/experiments.md, "Sensors tell
+rain in steps").
 """
 
 from typing import NamedTuple
