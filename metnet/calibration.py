@@ -66,7 +66,7 @@ class Calibration:
         return self.in_place(replace(forecast, probability=forecast.probability.clone()), lead_time)
 
     def in_place(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
-        """The same, where the forecast's own memory may be written over; a few rows at once."""
+        """The same in the memory of the forecast, which is not to be used any more; a few rows at once."""
         moved = [pair != ((0.0, 0.0), (0.0, 0.0)) for pair in zip(self.level, self.drift, strict=True)]
         if not any(moved) and not self.class_weights:
             return forecast

@@ -172,7 +172,7 @@ class Local(nn.Module):
     def _hidden(
         self, told: Float[Tensor, "sample feature Y X"], prior: Float[Tensor, "sample bin Y X"]
     ) -> Float[Tensor, "sample hidden Y X"]:
-        """The hidden layer."""
+        """The hidden layer; here and below `prior` are probabilities, no longer their logarithms."""
         inputs = self._inputs(told, prior).sub_(self.centre[:, None, None]).div_(self.spread[:, None, None])
         return F.gelu(self.first(inputs.clamp_(-FARTHEST, FARTHEST)))
 

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class Pointwise(nn.Conv2d):
-    """As `nn.Conv2d(in_channels, channels, 1)`, with the same weights; in a forecast it takes half the time.
+    """As `nn.Conv2d(in_channels, channels, 1)`, with the same weights, for forecasts on several threads.
 
-    On several threads of a CPU the convolution packs maps that are given channel after channel, and of maps
-    given cell after cell it makes such, which are slow to add to others. The product makes them channel after
-    channel; where gradients go back to `x` that would be the slower way.
+    On a CPU a convolution then packs maps that are given channel after channel, and takes twice as long; and
+    of maps given cell after cell it makes such, which are slow to add to others. The product makes them
+    channel after channel; where gradients go back to `x` that would be the slower way.
     """
 
     def __init__(self, in_channels: int, channels: int):

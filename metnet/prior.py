@@ -295,7 +295,7 @@ def _classes(
     classes = rearrange(below.classify(carried), "batch lead y x -> (batch lead) 1 y x")
     seen = (classes >= 0).to(carried.dtype)
     nothing = seen.new_zeros(len(seen), len(bins), *seen.shape[2:])
-    return nothing.scatter(1, classes.clamp(min=0), seen), seen
+    return nothing.scatter_(1, classes.clamp(min=0), seen), seen
 
 
 def box_mean(field: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, "n channel Y X"]:
@@ -305,7 +305,7 @@ def box_mean(field: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, 
 
 def _share(ones: Float[Tensor, "n channel Y X"], side: int) -> Float[Tensor, "n channel Y X"]:
     """As `box_mean` of a few ones and noughts, in a third of the time: as bytes, where these can be added."""
-    if side == 1 or torch.compiler.is_exporting():  # ONNX Runtime cannot
+    if side == 1 or torch.compiler.is_exporting():  # older ONNX Runtimes cannot
         return box_mean(ones, side)
     return _sums(_sums(ones.to(torch.uint8), side, -1), side, -2).to(ones.dtype) * (1 / side**2)
 

@@ -124,8 +124,9 @@ def test_the_calibrated_forecast_is_a_distribution_and_agrees_with_the_pixels():
     )
     said = steep(forecast, LEADS)
 
-    in_place = steep.in_place(replace(forecast, probability=forecast.probability.clone()), LEADS)
-    assert torch.equal(in_place.probability, said.probability)
+    again = replace(forecast, probability=forecast.probability.clone())
+    assert steep.in_place(again, LEADS).probability.data_ptr() == again.probability.data_ptr()
+    assert torch.equal(again.probability, said.probability)
     assert (said.probability >= 0).all()
     torch.testing.assert_close(said.probability.sum(dim=2), torch.ones_like(said.probability[:, :, 0]))
     torch.testing.assert_close(some(said, target).above, steep.of(some(forecast, target)).above)

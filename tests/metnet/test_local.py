@@ -369,21 +369,23 @@ def test_without_pixels_it_says_so():
         made.local.fit(none, prior, 3)
 
 
-def one_sided(made, shift=0.0, width=0.0, rate=0):
-    """Gives all probability to the first part, around one of the known rates."""
+def one_sided(made, shift=0.0, width=0.0, rate=0, part=0):
+    """Gives all probability to one part, around one of the known rates."""
     with torch.no_grad():
         made.last.weight.zero_()
         bias = made.last.bias.zero_()
-        bias[0], bias[PARTS], bias[2 * PARTS], bias[3 * PARTS + rate] = shift, width, 30.0, 50.0
-        bias[2 * PARTS + 1] = -30.0
+        bias[2 * PARTS : 3 * PARTS] = -30.0
+        bias[part], bias[PARTS + part], bias[2 * PARTS + part] = shift, width, 30.0
+        bias[3 * PARTS + part * made.rates + rate] = 50.0
     return made
 
 
 @pytest.mark.parametrize("edges", [BINS.edges, (0.06, 0.75, 5.0)])
 @pytest.mark.parametrize(("shift", "width"), [(0.0, 0.0), (0.5, 0.7), (-1.0, -1.5)])
-def test_a_part_is_a_logistic_distribution_of_the_logarithm_of_the_rate(shift, width, edges):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_part_is_a_logistic_distribution_of_the_logarithm_of_the_rate(part, shift, width, edges):
     """And its classes begin where the sensor tells them."""
-    made = one_sided(Local(BINS, FRAMES, 8), shift, width, rate=3)
+    made = one_sided(Local(BINS, FRAMES, 8), shift, width, 3, part)
     told = torch.zeros(1, described(FRAMES), 1, 1)
     told[:, 3] = scaled_rain(torch.tensor(4.0))
     prior = torch.full((1, len(BINS), 1, 1), 1 / len(BINS)).log()
