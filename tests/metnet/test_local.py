@@ -19,6 +19,7 @@ from metnet.local import (
     FARTHEST_SHIFT,
     LATER,
     LEAST_RATE,
+    LIKELIEST,
     PARTS,
     POOL,
     SEEN,
@@ -351,6 +352,18 @@ def test_what_it_scales_by_is_kept_with_its_weights():
     assert not torch.equal(made.local.spread, network().local.spread)
     with torch.no_grad():
         assert torch.equal(again(a_batch()).probability, made(a_batch()).probability)
+
+
+def test_it_scales_by_what_is_told_and_by_the_logits_of_exceeding_some_rates_by_the_prior():
+    made = network()
+    pixels = some_pixels(made, [0])
+    made.local.fit(pixels, made.prior, 2)
+    said = made.prior.at(pixels).double().exp()
+    above = torch.stack([said[:, first:].sum(dim=1) for first in made.local.classes], dim=1)
+    scaled = torch.cat([pixels.told, above.logit().clamp(-LIKELIEST, LIKELIEST).float()], dim=1)
+    torch.testing.assert_close(made.local.centre, scaled.mean(dim=0), atol=1e-4, rtol=1e-4)
+    spread = scaled.std(dim=0, correction=0).clamp(min=0.02)
+    torch.testing.assert_close(made.local.spread, spread, atol=1e-4, rtol=1e-3)
 
 
 def test_a_single_pixel_spoils_nothing():
