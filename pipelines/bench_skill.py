@@ -30,6 +30,7 @@ from pipelines import destination
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.steps import Steps, pysteps_nowcast
 from pipelines.events import cubes as event_cubes
+from pipelines.figures import event_ratios
 from pipelines.goals import BASELINES, Goal, goal_table, goals, neighbourhoods, tally
 from pipelines.observations import Observations
 from pipelines.past import past
@@ -38,12 +39,13 @@ from pipelines.progress import track
 from pipelines.report import DECIDED
 from pipelines.run_folder import Trained
 from pipelines.samples import Span
-from pipelines.skill import Difference, Estimate, Skill
+from pipelines.skill import Difference, Estimate, Skill, perfect
 from pipelines.sources.source import Source
 from pipelines.trained import CARD, TrainedModel, trained, untrained, with_motion
 
 THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability
 FARTHEST = 60.0  # minutes
+DRAWN = ("steps", "widened")  # baselines in the picture; the extrapolation is far behind them
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class BenchedSkill:
                     f"{_estimate(Estimate(**ratio))} of {name}" for name, ratio in row["ratio"].items()
                 )
                 lines.append(f"  {score}: {told}")
-        return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json"])
+        return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json, {self.out}/skill.png"])
 
 
 def bench_skill(
@@ -314,12 +316,30 @@ def _by_lead_time(difference: Difference) -> dict[str, list[float]]:
 
 
 def _write(folder: Path, events: Sequence[Event]) -> None:
-    """All that was measured, as numbers (null where not known) and as tables to read."""
+    """All that was measured, as numbers (null where not known), as tables to read, and as a picture."""
     told = [_plain(asdict(event)) for event in events]
     (folder / "skill.json").write_text(json.dumps(told, indent=1, allow_nan=False))
     table = goal_table({event.name: event.goals for event in events})
     page = [*table, "", DECIDED, "", *ratio_tables(events), *_lead_time_tables(events)]
     (folder / "skill.md").write_text("\n".join(page) + "\n")
+    (folder / "skill.png").write_bytes(picture(events))
+
+
+def picture(events: Sequence[Event]) -> bytes:
+    """A PNG of each event's scores by those of STEPS and the widened extrapolation."""
+    drawn = [score for score in _scores(1.0) if isinstance(score, Crps | Brier | Csi)]
+    told = {
+        score.name: {
+            BASELINES[baseline]: {
+                event.name: Estimate(**event.table[score.name]["ratio"][baseline])
+                for event in events
+                if score.name in event.table
+            }
+            for baseline in DRAWN
+        }
+        for score in drawn
+    }
+    return event_ratios(told, {score.name: perfect(score) for score in drawn})
 
 
 def measured(path: Path) -> tuple[Event, ...]:

@@ -1,4 +1,7 @@
-"""Figures of the verification report: SVG whose text and lines take the colour of the page around them."""
+"""Figures of the verification report: SVG whose text and lines take the colour of the page around them.
+
+And of `bench_skill`: a picture that stands by itself.
+"""
 
 import io
 import re
@@ -20,7 +23,7 @@ from torch import Tensor
 from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.palette import MISSING_COLOUR, RAIN_LEVELS, rain_colours
-from pipelines.skill import Difference, Skill, perfect
+from pipelines.skill import Difference, Estimate, Skill, perfect
 
 INK = "#010203"  # stands for the colour of the page's text
 COLOURS = ("#2b7bd6", "#8a8f98", "#e0761a", "#1f9d77", "#b05fc4", "#c9a100")
@@ -120,6 +123,31 @@ def reliability_diagrams(skill: Skill) -> str:
         return _svg(figure, "reliability diagrams")
 
 
+def event_ratios(
+    told: Mapping[str, Mapping[str, Mapping[str, Estimate]]], best: Mapping[str, float]
+) -> bytes:
+    """A PNG of the ratios to baselines (by score, baseline and event), with their intervals.
+
+    A panel for each score, a line for each event; filled marks are of intervals on one side of 1. `best` is
+    what a perfect forecast scores: where it is 0 less is better, and else more.
+    """
+    columns = min(3, len(told))
+    rows = -(-len(told) // columns)
+    events = list(dict.fromkeys(name for score in told.values() for one in score.values() for name in one))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * columns, (0.3 * len(events) + 0.9) * rows + 0.4), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for panel, (name, baselines) in zip(panels, told.items(), strict=False):
+            _ratios(panel, name, baselines, events, less=best[name] == 0)
+        for panel in panels[len(told) :]:
+            panel.set_visible(False)
+        panels[0].set(yticks=range(len(events)), yticklabels=events, ylim=(len(events) - 0.5, -0.5))
+        _legend(figure, panels[0])
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
 def case_maps(case: Case) -> str:
     """What was seen and what was said, one column a lead time."""
     rates, norm = rain_colours()
@@ -184,6 +212,39 @@ def _advantage(panel: Axes, skill: Skill, score: Score, differences: Mapping[str
     panel.set_title(score.name)
     panel.set_ylabel("difference, %")
     _lead_axis(panel)
+
+
+def _ratios(
+    panel: Axes,
+    title: str,
+    told: Mapping[str, Mapping[str, Estimate]],
+    events: Sequence[str],
+    less: bool,
+) -> None:
+    """One score of all events by each baseline's."""
+    panel.axvline(1, color=INK, linewidth=1)
+    for index, (baseline, ratios) in enumerate(told.items()):
+        colour, mark = (COLOURS[0], COLOURS[2])[index % 2], MARKS[index % len(MARKS)]
+        places = np.array([events.index(name) for name in ratios]) + 0.3 * (index - (len(told) - 1) / 2)
+        numbers = np.array([(one.value, one.low, one.high) for one in ratios.values()]).reshape(-1, 3)
+        value, low, high = np.where(np.isfinite(numbers), numbers, np.nan).T
+        sure = (high < 1) | (low > 1)
+        panel.hlines(places, low, high, color=colour, linewidth=1.4)
+        panel.scatter(
+            value,
+            places,
+            s=20,
+            marker=mark,
+            color=colour,
+            facecolor=np.where(sure, colour, "white"),
+            zorder=3,
+            label=f"by that of {baseline}",
+        )
+    left, right = panel.get_xlim()
+    panel.axvspan(*((left, 1) if less else (1, right)), color=COLOURS[3], alpha=0.08, linewidth=0, zorder=0)
+    panel.set_xlim(left, right)
+    panel.set_title(title)
+    panel.set_xlabel(f"ratio; {'below' if less else 'above'} 1 the forecast is better")
 
 
 def _legend(figure: Figure, panel: Axes) -> None:

@@ -14,7 +14,16 @@ from lightning import Trainer
 
 from metnet.batch import Batch
 from metnet.rain import EnsembleForecast
-from pipelines.bench_skill import BenchedSkill, Event, _kept, _write, bench_skill, measured, ratio_tables
+from pipelines.bench_skill import (
+    BenchedSkill,
+    Event,
+    _kept,
+    _write,
+    bench_skill,
+    measured,
+    picture,
+    ratio_tables,
+)
 from pipelines.goals import BASELINES, Goal
 from pipelines.report import DECIDED
 from pipelines.sources.simulated import Simulated
@@ -85,6 +94,7 @@ def test_each_left_out_event_is_told_beside_every_baseline(benched):
     assert all(len(values) == 2 and np.isfinite(values).all() for values in crps["values"].values())
     means = {name: np.mean(values) for name, values in crps["values"].items()}
     assert crps["ratio"]["steps"]["value"] == pytest.approx(means["trained"] / means["steps"])
+    assert (out / "skill.png").read_bytes() == picture(result.events)
     page = (out / "skill.md").read_text()
     assert "of STEPS" in page
     assert "one: fair CRPS" in page
