@@ -79,9 +79,7 @@ class BenchedSkill:
                 f"{event.lead_times[0]:g} to {event.lead_times[-1]:g} min"
             )
             for score, row in event.table.items():
-                told = ", ".join(
-                    f"{_estimate(Estimate(**ratio))} of {name}" for name, ratio in row["ratio"].items()
-                )
+                told = ", ".join(f"{Estimate(**ratio)} of {name}" for name, ratio in row["ratio"].items())
                 lines.append(f"  {score}: {told}")
         return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json, {self.out}/skill.png"])
 
@@ -186,7 +184,35 @@ def _measured(
     Raises:
         ValueError: if no init time has a past and a future.
     """
-    model = forecasters["trained"]
+    kilometres = cube.grid.cell_size / 1000
+    skill = skill_on(cube, forecasters, _scores(kilometres), runs, side, kept)
+    reached = goals(skill, kilometres, resamples)
+    pixels = int(skill.pixels.sum())
+    return Event(name, len(skill.init_times), pixels, skill.lead_times, _table(skill, resamples), reached)
+
+
+def skill_on(
+    cube: Observations,
+    forecasters: Mapping[str, Forecaster],
+    scores: tuple[Score, ...],
+    runs: int,
+    side: int,
+    kept: Path | None = None,
+) -> Skill:
+    """What forecasters score on the window of a cube with the most rain, where all of them have a forecast.
+
+    Args:
+        cube: that is forecast.
+        forecasters: by name, the first a `TrainedModel`, whose past and lead times (to an hour) all have.
+        scores: that are told.
+        runs: forecasts, evenly over the init times that have a past and a future.
+        side: cells; of a larger grid a window of this size is forecast.
+        kept: folder for the members of the forecaster "steps", taken from there if there they are.
+
+    Raises:
+        ValueError: if no init time has a past and a future.
+    """
+    model = next(iter(forecasters.values()))
     assert isinstance(model, TrainedModel)
     near = [lead for lead in model.lead_times if lead <= FARTHEST]
     span = Span.of_those(cube, model.frames, near)
@@ -197,13 +223,14 @@ def _measured(
             f"{cube.path}: no time with {model.frames} frames up to it and {leads[-1]:g} min behind"
         )
     window = _window(cube, side)
-    scores = _scores(cube.grid.cell_size / 1000)
     sums: dict[str, list[Tensor]] = {score.name: [] for score in scores}
     counts = []
-    for init in track(inits, f"forecasting {name}", total=len(inits)):
+    for init in track(inits, f"forecasting {Path(cube.path).name}", total=len(inits)):
         batch = _cut(past(cube, init, model.frames, leads), window)
         said = {
-            key: _kept(kept, init, window, forecaster, batch) if key == "steps" else forecaster(batch)
+            key: _kept(kept, init, window, forecaster, batch)
+            if kept is not None and key == "steps"
+            else forecaster(batch)
             for key, forecaster in forecasters.items()
         }
         observed = torch.from_numpy(
@@ -218,7 +245,7 @@ def _measured(
                 torch.stack([score.sums(forecast, observed) for forecast in said.values()])
             )
     pixels, seen_pixels = torch.stack(counts, dim=1)
-    skill = Skill(
+    return Skill(
         scores=scores,
         forecasters=tuple(forecasters),
         init_times=tuple(inits),
@@ -228,8 +255,6 @@ def _measured(
         observed=seen_pixels,
         rain=torch.full_like(pixels, math.nan, dtype=torch.float64),
     )
-    reached = goals(skill, cube.grid.cell_size / 1000, resamples)
-    return Event(name, len(inits), int(pixels.sum()), leads, _table(skill, resamples), reached)
 
 
 def init_times(cube: Observations, span: Span, runs: int) -> list[datetime]:
@@ -413,13 +438,4 @@ def _lead_time_tables(events: Sequence[Event]) -> Iterator[str]:
 
 def _ratio(ratio: Estimate) -> str:
     """Bold where the whole interval lies on one side of 1."""
-    text = _estimate(ratio)
-    return f"**{text}**" if ratio.high < 1 or ratio.low > 1 else text
-
-
-def _estimate(ratio: Estimate) -> str:
-    """With its interval, if that is known; a dash if not even the ratio is."""
-    if math.isnan(ratio.value):
-        return "-"
-    span = "" if math.isnan(ratio.low) else f" ({ratio.low:.3f}-{ratio.high:.3f})"
-    return f"{ratio.value:.3f}{span}"
+    return f"**{ratio}**" if ratio.high < 1 or ratio.low > 1 else str(ratio)

@@ -134,6 +134,13 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """With the interval, if that is known; a dash if not even the number is."""
+        if math.isnan(self.value):
+            return "-"
+        span = "" if math.isnan(self.low) else f" ({self.low:.3f}-{self.high:.3f})"
+        return f"{self.value:.3f}{span}"
+
 
 def _again(score: Score, drawn: Tensor, sums: Tensor) -> Tensor:
     """The score (resample, lead) of the sums (run, lead, part) of drawn runs (resample, run).
