@@ -170,7 +170,8 @@ def compose(command: str, words: list[str]) -> Any:
 
     groups = _choices(command)
     words = [_in_full(word, groups) for word in _named(command, words)]
-    choices, values = _sort_words(words, groups)
+    keys = [key.name for key in read_page(CONFIGS / f"{command}.yaml").keys]
+    choices, values = _sort_words(words, groups, keys)
     try:
         with hydra.initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
             plain = hydra.compose(command, choices)
@@ -223,7 +224,7 @@ def _named(command: str, words: list[str]) -> list[str]:
 
 
 def _sort_words(
-    words: list[str], groups: dict[str, tuple[str, str]]
+    words: list[str], groups: dict[str, tuple[str, str]], keys: list[str]
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Overrides that choose a member of a group, and (key, text) of all others."""
     choices: list[str] = []
@@ -249,7 +250,8 @@ def _sort_words(
             [first, *_] = read_page(CONFIGS / folder / "from_path.yaml").keys
             values.append((f"{key}.{first.name}", text))
         else:
-            raise UsageError(f"{key}={text}: expected one of {', '.join(names)}{_nearest(text, names)}")
+            meant = _nearest(text, names) or _nearest(key.split(".")[-1], keys, 0.9)
+            raise UsageError(f"{key}={text}: expected one of {', '.join(names)}{meant}")
     return choices, values
 
 
@@ -337,8 +339,8 @@ def _beside(key: str, every: list[str]) -> tuple[str, list[str]]:
     return outer, [name for name in every if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
 
 
-def _nearest(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+def _nearest(word: str, words: list[str], alike: float = 0.5) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=alike)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -384,7 +386,7 @@ def _kind(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_kind(part) for part in get_args(hint) if part in KINDS or get_args(part))
     if get_origin(hint) in (list, Sequence):
-        return f"a list, each {_kind(get_args(hint)[0])}"
+        return f"a list (each {_kind(get_args(hint)[0])})"
     return KINDS.get(hint, "a call with _target_")
 
 

@@ -24,8 +24,8 @@ from zarr.errors import ZarrUserWarning
 from pipelines.coordinates import TIME_UNITS, seconds
 from pipelines.counts import plain_attributes, unpacked
 from pipelines.cube import RADAR, STATIC, STATISTICS, Cube
-from pipelines.destination import untaken
-from pipelines.frame import parse_time
+from pipelines.destination import folder, untaken
+from pipelines.frame import parse_interval
 from pipelines.manifest import NAME, Manifest
 from pipelines.progress import track
 from pipelines.repository import COMPRESSORS, Repository
@@ -103,12 +103,28 @@ def export(
 
 
 def export_run(store: ForecastStore, name: str, path: Path) -> None:
-    """Writes a run to a NetCDF file or Zarr store, whole or not at all; a file there before is replaced.
+    """Writes a run to a NetCDF file or Zarr store, whole or not at all; one there before is replaced.
 
     Raises:
         ValueError: if there is no such run.
     """
     _write(_run(store, name), path)
+
+
+def replaceable(key: str, to: str) -> Path:
+    """A place that a run may be written to: there is nothing yet, or what such a run looks like.
+
+    Raises:
+        ValueError: naming the key if it is not of a kind that is written, or something else is there.
+    """
+    place = _of_a_kind(key, to)
+    folder(key, str(place.parent))
+    store = place.suffix == ".zarr"
+    if place.exists() and place.is_dir() != store:
+        raise ValueError(f"{key}={to}: is a {'file' if store else 'folder'}; give another place")
+    if store and place.exists() and any(place.iterdir()) and not (place / "zarr.json").is_file():
+        raise ValueError(f"{key}={to}: a folder that is no Zarr store; remove it, or give another place")
+    return place
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +157,7 @@ class _Contents:
 def _frames(cube: Cube, start: str | None, end: str | None) -> _Contents:
     """The frames of a cube within [start, end], their flags, and what is known of each."""
     times = np.array([seconds(time) for time in cube.times], np.int64)
-    low, high = (None if text is None else seconds(parse_time(text)) for text in (start, end))
+    low, high = (None if time is None else seconds(time) for time in parse_interval(start, end))
     asked = np.ones(times.shape, np.bool_)
     asked &= (times >= low) if low is not None else True
     asked &= (times <= high) if high is not None else True
@@ -279,6 +295,8 @@ def _write(contents: _Contents, path: Path) -> None:
                 total=sum(len(part.regions) for part in contents.parts),
             ):
                 target[part.regions[number]] = part.read(number)
+        if path.is_dir():  # a store of before, which nothing can be moved onto
+            path.rename(aside / "before")
         (aside / path.name).replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -385,10 +403,16 @@ def _target(to: str) -> Path:
     Raises:
         ValueError: if it is not of a kind that is written, or taken.
     """
+    _of_a_kind("to", to)
+    return untaken("to", to)
+
+
+def _of_a_kind(key: str, to: str) -> Path:
+    """A local path whose end names what is written there."""
     if "://" in to or Path(to).suffix not in SUFFIXES:
         kinds = " or ".join(f"{kind} that ends in {suffix}" for suffix, kind in SUFFIXES.items())
-        raise ValueError(f"to={to}: expected {kinds}, on this machine")
-    return untaken("to", to)
+        raise ValueError(f"{key}={to}: expected {kinds}, on this machine")
+    return Path(to)
 
 
 def _size(path: Path) -> int:

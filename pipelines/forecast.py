@@ -17,8 +17,8 @@ from metnet.batch import Batch
 from metnet.forecaster import Forecaster
 from metnet.model import MetNet
 from pipelines.beside import Beside
-from pipelines.export import export_run
-from pipelines.frame import parse_time
+from pipelines.export import export_run, replaceable
+from pipelines.frame import parse_interval, parse_time
 from pipelines.late import newest_past
 from pipelines.observations import Observations
 from pipelines.past import RADAR_ALONE
@@ -29,6 +29,7 @@ from pipelines.run_facts import CALIBRATED, INPUT_AGE, RunFacts
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
 from pipelines.trained import Published, TrainedModel, trained, with_motion
 from pipelines.version import version
+from pipelines.words import plural
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,11 @@ class Forecasted:
         """What was made and where, in a few lines."""
         lines = []
         if self.made:
-            leads = f"{len(self.lead_times)} lead times to {self.lead_times[-1]:g} min"
+            leads = f"{plural(len(self.lead_times), 'lead time')} to {self.lead_times[-1]:g} min"
             runs = _several("run", self.made)
             lines.append(f"{runs} by {self.model}: {leads}, {self.seconds:.1f} s -> {self.path}")
-            lines.append(f"{self.covered:.0%} of the cells have a forecast at {self.lead_times[-1]:g} min")
+            covered = "less than 1%" if 0 < self.covered < 0.01 else f"{self.covered:.0%}"
+            lines.append(f"{covered} of the cells have a forecast at {self.lead_times[-1]:g} min")
         if self.there:
             lines.append(f"already there: {_several('run', self.there)}")
         for name, missing in self.degraded.items():
@@ -107,7 +109,7 @@ def forecast(
         quantiles: within (0, 1).
         stalest: minutes that the newest frame that holds anything may be old; not with "all".
         calibrated: with a `TrainedModel`, probabilities as its validation data corrected them.
-        export: a NetCDF file for the run, if it is one.
+        export: a NetCDF file (.nc) or Zarr store (.zarr) for the run, if it is one; replaced if it is there.
         config: the command as it was given, kept with the runs.
 
     Raises:
@@ -118,6 +120,7 @@ def forecast(
     began = monotonic()
     if not 0 <= stalest <= LONGEST_LEAD:
         raise ValueError(f"stalest={stalest:g}: expected minutes from 0 to {LONGEST_LEAD:g}")
+    place = None if export is None else replaceable("export", export)
     opened = rain_cube(cube)
     if isinstance(model, TrainedModel) and not calibrated:
         model = model.uncalibrated()
@@ -143,8 +146,8 @@ def forecast(
             blind.add(header.name)
         else:
             made.update({} if run is None else {header.name: run})
-    if export is not None:
-        export_run(store, headers[0].name, Path(export))
+    if place is not None:
+        export_run(store, headers[0].name, place)
     return Forecasted(
         path=forecasts,
         model=_name(model),
@@ -268,7 +271,7 @@ def _init_times(
     texts = [wanted] if isinstance(wanted, str | datetime) else wanted
     if not texts:
         raise ValueError(f"init_time={wanted}: expected latest, all, or at least one time")
-    times = sorted({present[-1] if text == "latest" else parse_time(text) for text in texts})
+    times = sorted({present[-1] if text == "latest" else parse_time(text, "init_time") for text in texts})
     first = cube.times[0] + (frames - 1) * cube.cadence
     begin = f"the cube {cube.path} begins at {cube.times[0]:{TEXT}}"
     for time in times:
@@ -280,7 +283,8 @@ def _init_times(
             raise ValueError(f"init_time={time:{TEXT}}: the cube {cube.path} has no frame then{late}; {near}")
         if time < first:
             enough = [other for other in present if other >= first]
-            rather = f"the first init_time with enough is {enough[0]:{TEXT}}" if enough else "ingest more"
+            more = "ingest more, or take model=persistence, which wants a single one"
+            rather = f"the first init_time with enough is {enough[0]:{TEXT}}" if enough else more
             raise ValueError(
                 f"init_time={time:{TEXT}}: the model wants {frames} frames up to it, "
                 f"one every {_minutes(cube):g} min, but {begin}; {rather}"
@@ -296,20 +300,21 @@ def _every_init_time(
     if every is not None and (every <= 0 or every % minutes):
         raise ValueError(f"every={every:g}: expected a multiple of the cube's {minutes:g} minutes")
     stride = 1 if every is None else round(every / minutes)
-    low = parse_time(start) if start is not None else cube.times[0]
-    high = parse_time(end) if end is not None else cube.times[-1]
+    low, high = parse_interval(start, end)
     complete = [
         time
         for index, time in enumerate(cube.times)
         if index >= frames - 1
         and index % stride == 0
-        and low <= time <= high
+        and (low is None or low <= time)
+        and (high is None or time <= high)
         and cube.observed[index - frames + 1 : index + 1].all()
     ]
     if not complete:
         raise ValueError(
-            f"init_time=all: the cube {cube.path} has no time between {low:{TEXT}} and {high:{TEXT}} "
-            f"with {frames} successive frames up to it; it holds {int(cube.observed.sum())} frames"
+            f"init_time=all, start={start}, end={end}: the cube {cube.path} has no such time with "
+            f"{frames} successive frames up to it; it holds {int(cube.observed.sum())} frames, from "
+            f"{cube.times[0]:{TEXT}} to {cube.times[-1]:{TEXT}}"
         )
     return complete
 

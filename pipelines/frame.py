@@ -66,16 +66,33 @@ class Frame:
         return replace(self, grid=grid, values=values)
 
 
-def parse_time(text: str | datetime) -> datetime:
+def parse_time(text: str | datetime, key: str = "") -> datetime:
     """A UTC time from ISO 8601 text (`2019-06-10T00:30`, `20190610T003000Z`); no offset means UTC.
 
     Raises:
-        ValueError: if it is not a time.
+        ValueError: if it is not a time, naming the key that it was given by, if any.
     """
     if isinstance(text, datetime):
         return text.replace(tzinfo=UTC) if text.tzinfo is None else text.astimezone(UTC)
     try:
         time = datetime.fromisoformat(str(text))
     except ValueError as error:
-        raise ValueError(f"{text!r} is not a time: expected ISO 8601 such as 2019-06-10T00:30Z") from error
+        given = f"{key}={text}" if key else repr(text)
+        raise ValueError(f"{given} is not a time: expected ISO 8601 such as 2019-06-10T00:30Z") from error
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def parse_interval(
+    start: str | datetime | None, end: str | datetime | None
+) -> tuple[datetime | None, datetime | None]:
+    """The times of the keys `start` and `end`; None where none is given.
+
+    Raises:
+        ValueError: if one is no time, or the end comes before the start.
+    """
+    first, last = (
+        None if text is None else parse_time(text, key) for key, text in (("start", start), ("end", end))
+    )
+    if first is not None and last is not None and last < first:
+        raise ValueError(f"start={start}, end={end}: expected a start that is not after the end")
+    return first, last

@@ -46,8 +46,15 @@ class Grid:
         """The cells, the CRS by name and the first cell centre, in one line."""
         return (
             f"{self.y_size} x {self.x_size} cells of {-self.y_step:g} x {self.x_step:g} in "
-            f"{CRS.from_wkt(self.crs).name}, the first at x={self.x_first:.10g}, y={self.y_first:.10g}"
+            f"{self._crs_name}, the first at x={self.x_first:.10g}, y={self.y_first:.10g}"
         )
+
+    @property
+    def _crs_name(self) -> str:
+        """Of the CRS, or where it has none that of its projection."""
+        crs = CRS.from_wkt(self.crs)
+        unnamed = crs.name.lower() in ("unknown", "unnamed", "undefined")
+        return crs.coordinate_operation.method_name if unnamed and crs.coordinate_operation else crs.name
 
     @classmethod
     def from_coordinates(cls, crs: str, x: ArrayLike, y: ArrayLike) -> "Grid":

@@ -24,7 +24,7 @@ from pipelines.decoding import checksums
 from pipelines.decoding.refusal import Code, Refusal
 from pipelines.feeds.feed import Feed, NewFile, open_feed
 from pipelines.feeds.web import DeniedError, Manners, SystemClock, UnreachableError
-from pipelines.frame import Frame, parse_time
+from pipelines.frame import Frame, parse_interval
 from pipelines.grid import Grid
 from pipelines.progress import track
 from pipelines.regrid import regrid
@@ -50,7 +50,7 @@ class Ingested:
     already_there: int
     conflicting: int  # there before from another file; the first is kept
     restated: int  # there before from another file, and replaced by it
-    damaged: int  # files, each with its reason in `quarantine`
+    damaged: int  # files, or frames of files, each with its reason in `quarantine`
     misfits: int  # sound files of another grid, quantity or time than the cube's, and so there too
     passed_over: int  # files in the source's folder whose names are not safe to use
     quarantine: str
@@ -152,7 +152,7 @@ def ingest(
     if not 0 < every < math.inf:
         raise ValueError(f"every={every:g}: expected seconds, above 0")
     place = Placing(_window(window), grid)
-    first, last = (None if time is None else parse_time(time) for time in (start, end))
+    first, last = parse_interval(start, end)
     signals: list[int] = []  # that stopped a feed
     passed_over = _passed_over(source)
     with _ending_in_order(), Decoder(source) as decoder, spread(workers, scheduler) as workforce:
@@ -182,7 +182,7 @@ def ingest(
         if not reasons:
             raise ValueError(f"{cube}: there was no file to read")
         raise ValueError(
-            f"{cube}: none of {len(reasons)} files could be read; the reasons are in "
+            f"{cube}: nothing could be read ({len(reasons)} refused); the reasons are in "
             f"{intake.quarantine.path}, the first: {reasons[0]}"
         )
     return intake.result(passed_over)
@@ -514,7 +514,7 @@ class Intake:
 
 
 class Quarantine:
-    """The damaged files of a cube: one line of JSON for each in CUBE.quarantine.jsonl."""
+    """The damaged files of a cube, and frames of files: a line of JSON for each in CUBE.quarantine.jsonl."""
 
     def __init__(self, cube: str):
         """Reads what is there."""
@@ -528,13 +528,15 @@ class Quarantine:
         """Writes a file down at once; once, however often it is met, and beside what others write."""
         self.reasons.append(refused.reason)
         file, sha256 = refused.file, _sha256(Path(refused.file.url))
-        if (file.url, sha256, refused.reason) in self._known:
+        valid_time = None if file.valid_time is None else _shown(file.valid_time)
+        known = (file.url, sha256, refused.reason, valid_time)
+        if known in self._known:
             return
-        self._known.add((file.url, sha256, refused.reason))
+        self._known.add(known)
         record = {
             "path": file.url,
             "sha256": sha256,
-            "valid_time": file.valid_time and _shown(file.valid_time),
+            "valid_time": valid_time,
             "time": _shown(datetime.now(UTC)),
             "code": refused.code,
             "reason": refused.reason,
@@ -552,11 +554,11 @@ class Quarantine:
             os.fsync(lines.fileno())
 
 
-def _recorded(line: bytes) -> tuple[str, str | None, str] | None:
+def _recorded(line: bytes) -> tuple[str, str | None, str, str | None] | None:
     """What tells a line of the quarantine from others; None for one that is no record."""
     try:
         record = json.loads(line)
-        return str(record["path"]), record["sha256"], str(record["reason"])
+        return str(record["path"]), record["sha256"], str(record["reason"]), record["valid_time"]
     except (ValueError, KeyError, TypeError):
         return None
 

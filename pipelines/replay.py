@@ -19,7 +19,7 @@ from obstore.store import GCSStore, ObjectStore
 from pipelines.decode import Decoder
 from pipelines.feeds.places import is_safe, refusal, s3_store
 from pipelines.feeds.web import Clock, SystemClock
-from pipelines.frame import parse_time
+from pipelines.frame import parse_interval
 from pipelines.progress import track
 from pipelines.sources.source import RemoteFile, Source
 
@@ -128,7 +128,7 @@ def replay(
         )
     root = _root(source, to)
     with Decoder(source) as decoder:
-        first, last = (None if time is None else parse_time(time) for time in (start, end))
+        first, last = parse_interval(start, end)
         stored = _stored(decoder.files(first, last))
     target, clock = target_at(to), clock or SystemClock()
     planned = schedule(stored, faults)

@@ -15,6 +15,7 @@ from metnet.scores.score import Score
 from pipelines.grid import Grid
 from pipelines.skill import FEWEST_RUNS, LEVEL, Difference, Skill, perfect
 from pipelines.version import version
+from pipelines.words import plural
 
 HEADLINE_LEAD = 30  # minutes; the lead time nearest to it is the one the headline tells
 UNCALIBRATED = "forecast, not calibrated"
@@ -293,11 +294,6 @@ def _ranges(lead_times: Sequence[float], chosen: Sequence[int]) -> str:
             runs.append([index])
     ends = [(lead_times[run[0]], lead_times[run[-1]]) for run in runs]
     return ", ".join(f"{first:g}" if first == last else f"{first:g} to {last:g}" for first, last in ends)
-
-
-def plural(number: int, noun: str) -> str:
-    """Such as `1 run`, `3 runs`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _signed(percent: float) -> str:

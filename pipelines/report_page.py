@@ -25,7 +25,6 @@ from pipelines.report import (
     decides,
     headline,
     number,
-    plural,
     scope,
     second_sentence,
     spread,
@@ -33,6 +32,7 @@ from pipelines.report import (
 )
 from pipelines.skill import FEWEST_RUNS, LEVEL, Skill, perfect
 from pipelines.version import version
+from pipelines.words import plural
 
 COLUMNS = 12  # lead times in the table at most
 TEMPLATE = Path(__file__).with_name("report.html")

@@ -56,8 +56,8 @@ class RunHeader:
         if self.init_time.utcoffset() != timedelta(0) or self.init_time.microsecond:
             raise ValueError(f"init_time={self.init_time}: expected whole seconds in UTC")
         for name, values, top, unit in (
-            ("lead_times", self.lead_times, math.inf, "minutes above 0"),
-            ("thresholds", self.thresholds, math.inf, "mm/h above 0"),
+            ("lead_times", self.lead_times, math.inf, "of minutes above 0"),
+            ("thresholds", self.thresholds, math.inf, "of mm/h above 0"),
             ("quantiles", self.quantiles, 1.0, "within 0..1, both excluded"),
         ):
             if not values or any(b <= a for a, b in pairwise(values)):

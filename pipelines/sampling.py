@@ -12,7 +12,7 @@ from torch import nn
 from pipelines.augmentation import Augmentation
 from pipelines.beside import Beside, Sides
 from pipelines.drop_out import DropOut
-from pipelines.frame import parse_time
+from pipelines.frame import parse_interval
 from pipelines.observations import Observations
 from pipelines.samples import Samples, Span, check_apart, split
 from pipelines.trained import Published
@@ -157,8 +157,8 @@ def _between(cube: Observations, start: str | None, end: str | None) -> slice:
     Raises:
         ValueError: if there is none.
     """
-    low = parse_time(start) if start else cube.times[0]
-    high = parse_time(end) if end else cube.times[-1]
+    first, last = parse_interval(start or None, end or None)
+    low, high = first or cube.times[0], last or cube.times[-1]
     before = sum(time < low for time in cube.times)
     used = slice(before, before + sum(low <= time <= high for time in cube.times))
     if used.start == used.stop:

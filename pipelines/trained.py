@@ -30,6 +30,7 @@ from pipelines.pretrained import run_folder
 from pipelines.version import version
 
 WEIGHTS, CARD, PRIOR = "model.safetensors", "model.json", "prior.safetensors"
+ANOTHER = "it was changed, or is of another state of the software: train the model again"
 Published = MetNet1 | MetNet2  # they forecast the middle of what they see
 log = logging.getLogger(__name__)
 
@@ -203,9 +204,11 @@ def trained(path: str | Path) -> TrainedModel:
         raise ValueError(f"{path}: {CARD} is there but {WEIGHTS} is not; train it again")
     data = weights.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 != card.get("sha256"):
+    if "sha256" not in card:
+        raise ValueError(f"{folder / CARD}: incomplete: it does not tell the sha256 of {WEIGHTS}")
+    if sha256 != card["sha256"]:
         raise ValueError(
-            f"{weights}: its sha256 is {sha256}, {CARD} says {card.get('sha256')}; "
+            f"{weights}: its sha256 is {sha256}, {CARD} says {card['sha256']}; "
             "the file is damaged or not of this run"
         )
     network = _built(folder, card)
@@ -286,9 +289,14 @@ def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published | Cohere
     try:
         made = construct(card["config"]["model"], ("metnet.",))
         bins = RainBins(tuple(float(edge) for edge in card["bins"]["edges"]), float(card["bins"]["top"]))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CARD}: incomplete: {error}") from error
-    network = made() if isinstance(made, partial) else made
+        network = made() if isinstance(made, partial) else made
+        for key in ("lead_times", "cadence_minutes"):
+            if not [float(minutes) for minutes in card[key]]:
+                raise ValueError(f"{key}=[]: expected one or more numbers of minutes")
+    except KeyError as error:
+        raise ValueError(f"{folder / CARD}: incomplete: no {error}; {ANOTHER}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CARD}: {error}; {ANOTHER}") from error
     if not isinstance(network, MetNet | Published | Coherent):
         raise ValueError(
             f"{folder / CARD}: its model is a {type(network).__name__}; expected a MetNet, MetNet1, "

@@ -21,7 +21,7 @@ from metnet.scores.reliability import Reliability
 from metnet.scores.score import Score
 from pipelines.destination import folder
 from pipelines.figures import Case, thinned
-from pipelines.frame import parse_time
+from pipelines.frame import parse_interval
 from pipelines.grid import Grid
 from pipelines.late import past_at
 from pipelines.observations import Observations
@@ -32,6 +32,7 @@ from pipelines.report_page import write
 from pipelines.run_facts import RunFacts
 from pipelines.runs import RUN_NAME, ForecastStore, RunHeader
 from pipelines.skill import Skill, check_names
+from pipelines.words import plural
 
 CELLS_AT_ONCE = 8_000_000  # of all lead times held at once; twelve numbers each are some 400 MB
 CASE_LEADS = 3  # of the run that the report draws
@@ -300,7 +301,7 @@ def _chosen(store: ForecastStore, start: str | None, end: str | None) -> list[st
     """The names of the runs within [start, end]; names sort as their init times do."""
     if not store.names():
         raise ValueError(f"{store.path}: the forecast store holds no run; make one with `metnet forecast`")
-    first, last = (None if time is None else parse_time(time).strftime(RUN_NAME) for time in (start, end))
+    first, last = (None if time is None else time.strftime(RUN_NAME) for time in parse_interval(start, end))
     names = [n for n in store.names() if (first is None or n >= first) and (last is None or n <= last)]
     if not names:
         raise ValueError(
@@ -313,12 +314,13 @@ def _chosen(store: ForecastStore, start: str | None, end: str | None) -> list[st
 def _nothing(cube: Observations, forecasts: str, skipped: Mapping[str, str]) -> str:
     """Why not a single run could be verified."""
     reasons = Counter(skipped.values())
-    told = "; ".join(f"{reason} ({count} runs)" for reason, count in reasons.most_common())
+    told = "; ".join(f"{reason} ({plural(count, 'run')})" for reason, count in reasons.most_common())
     times = [time for time, seen in zip(cube.times, cube.observed, strict=True) if seen]
     held = f"holds {times[0]:{TIME}} to {times[-1]:{TIME}}" if times else "holds no frame"
     return (
-        f"{forecasts}: none of {len(skipped)} runs, {min(skipped)} to {max(skipped)}, can be verified: "
-        f"{told}. The cube {cube.path} {held}; ingest the observations that came after the forecasts"
+        f"{forecasts}: none of {plural(len(skipped), 'run')}, {min(skipped)} to {max(skipped)}, "
+        f"can be verified: {told}. The cube {cube.path} {held}; "
+        "ingest the observations that came after the forecasts"
     )
 
 

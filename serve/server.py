@@ -44,9 +44,12 @@ def serve(
     `stale_after` is minutes, `cache` is megabytes of decoded fields, port 0 is any free one.
 
     Raises:
-        ValueError: if there is no forecast store at `forecasts`.
+        ValueError: if there is no forecast store at `forecasts`, or for a number out of range.
         OSError: if the host and port cannot be had.
     """
+    for key, number, unit in (("stale_after", stale_after, "minutes"), ("cache", cache, "megabytes")):
+        if not 0 <= number <= 1e9:
+            raise ValueError(f"{key}={number:g}: expected {unit}, from 0 to 1e9")
     reader = Forecasts(forecasts, timedelta(minutes=stale_after), cache_bytes=int(cache * 2**20))
     app = create_app(reader, more_outputs, max_in_flight)
     with _bound(host, port) as listener:

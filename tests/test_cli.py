@@ -136,7 +136,7 @@ def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
         (["where"], 2, "expected key=value"),
         (["where=x", "count=many"], 2, "count=many: expected a whole number, such as 3"),
         (["where=x", "ready=1"], 2, "expected true or false"),
-        (["where=x", "window=5"], 2, "window=5: expected a list, each a whole number or null"),
+        (["where=x", "window=5"], 2, "window=5: expected a list (each a whole number) or null"),
         (["where=x", "window=[1,2.5]"], 2, "window=[1, 2.5]: expected a list"),
         (["where=x", "when=[1]"], 2, "when=[1]: expected text or null"),
         (["where="], 2, "where=: expected a value"),
@@ -228,3 +228,8 @@ def test_memory_that_was_freed_is_not_asked_for_again():
         for told in ("", "cli._keep_freed_memory()")
     )
     assert kept < asked / 3
+
+
+def test_a_key_that_is_nearly_one_of_the_command_is_not_taken_for_one_of_a_group_alone(capsys):
+    assert cli.answer("train", ["cube=x", "run=y", "lead_time=[5,10]"]) == 2
+    assert "expected one of input; did you mean 'lead_times'?" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
 from pipelines.cf import PRECIPITATION_FLAG, RAINFALL_RATE
 from pipelines.cube import Cube
-from pipelines.forecast import _learned_leads, forecast, from_path
+from pipelines.forecast import Forecasted, _learned_leads, forecast, from_path
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.pretrained import run_folder
@@ -219,11 +219,11 @@ def test_init_times_without_data_name_those_that_exist(tmp_path, store):
         ValueError, match=r"wants 4 frames.*begins at .*00:00:00Z; the first .* 2020-06-01T00:20"
     ):
         forecast(cube, Extrapolation(), store, init_time="2020-06-01T00:05")
-    with pytest.raises(ValueError, match="'soon' is not a time"):
+    with pytest.raises(ValueError, match="init_time=soon is not a time: expected ISO 8601"):
         forecast(cube, Persistence(), store, init_time="soon")
-    with pytest.raises(ValueError, match=r"wants 9 frames.*ingest more"):
+    with pytest.raises(ValueError, match=r"wants 9 frames.*ingest more, or take model=persistence"):
         forecast(cube, Extrapolation(frames=9), store)
-    with pytest.raises(ValueError, match=r"no time between .* with 3 successive frames.*holds 3 frames"):
+    with pytest.raises(ValueError, match=r"no such time with 3 successive frames.*holds 3 frames"):
         forecast(cube, Certain(1.0, frames=3), store, init_time="all")
     with pytest.raises(ValueError, match="cube without frames"):
         empty = Cube.open_or_create(str(tmp_path / "empty"), grid(), RAINFALL_RATE, START, 5 * MINUTE)
@@ -350,6 +350,65 @@ def test_the_export_is_the_run(cube, store, tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["run.nc"]
     with pytest.raises(ValueError, match="holds one run: expected one init_time, got 3"):
         forecast(cube, Certain(1.0), store + "2", init_time="all", export=str(target))
+
+
+def test_an_exported_store_is_replaced_whole(cube, store, tmp_path):
+    target = tmp_path / "run.zarr"
+    forecast(cube, Persistence(), store, lead_times=[5, 15], export=str(target))
+    (target / "left over").write_text("")
+    forecast(cube, Persistence(), store, lead_times=[5, 15], export=str(target))
+    _, run = newest(store)
+    with xr.open_zarr(target, decode_timedelta=False, decode_coords="all") as there:
+        xr.testing.assert_equal(there.load(), run)
+    assert not (target / "left over").exists()
+    assert [path.name for path in tmp_path.glob("*run*")] == ["run.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("notes.txt", "expected a Zarr store that ends in .zarr or a NetCDF file that ends in .nc"),
+        ("s3://bucket/run.nc", "expected a Zarr store .* on this machine"),
+        ("folder.nc", "is a folder"),
+        ("file.zarr", "is a file"),
+        ("folder.zarr", "a folder that is no Zarr store"),
+        ("file.zarr/run.nc", "file.zarr: is a file"),
+    ],
+)
+def test_a_place_that_no_export_can_take_is_refused_before_any_work(cube, store, tmp_path, place, said):
+    for name in ("folder.nc", "folder.zarr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    (tmp_path / "file.zarr").write_text("precious")
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match=f"^export=.*{said}"):
+        forecast(cube, Persistence(), store, export=place if "://" in place else str(tmp_path / place))
+    assert not (tmp_path / "forecasts").exists()
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"start": "yesterday"}, "start=yesterday is not a time"),
+        ({"end": "later"}, "end=later is not a time"),
+        ({"start": "2020-06-01T00:10", "end": "2020-06-01T00:05"}, "a start that is not after the end"),
+        (
+            {"start": "2031-01-01"},
+            r"start=2031-01-01, end=None: the cube .* no such time .* 4 frames, from 2020",
+        ),
+    ],
+)
+def test_an_interval_that_holds_no_time_is_told_with_what_there_is(cube, store, keys, said):
+    with pytest.raises(ValueError, match=said):
+        forecast(cube, Certain(1.0), store, init_time="all", **keys)
+
+
+@pytest.mark.parametrize(("covered", "said"), [(0.0, "0%"), (0.004, "less than 1%"), (0.5, "50%")])
+def test_what_is_covered_is_said_in_words(covered, said):
+    told = str(Forecasted("out", "MetNet", (5.0,), ("run",), (), {}, covered, 1.0, None))
+    assert f"{said} of the cells" in told
+    assert "1 lead time to 5 min" in told
 
 
 @dataclass

@@ -107,11 +107,35 @@ def test_a_damaged_file_is_written_down_once_and_the_rest_goes_on(tmp_path):
 def test_when_every_file_is_damaged_that_is_an_error_and_a_good_feed_mends_it(tmp_path):
     cube = str(tmp_path / "cube")
     count = len(list(SMALL.files(None, None)))
-    with pytest.raises(ValueError, match=rf"none of {count} files could be read.*quarantine.jsonl.*spoilt"):
+    with pytest.raises(
+        ValueError, match=rf"nothing could be read \({count} refused\).*quarantine.jsonl.*spoilt"
+    ):
         ingest(Flaky(frozenset(range(20))), cube)
     assert len((tmp_path / "cube.quarantine.jsonl").read_text().splitlines()) == count
     assert ingest(SMALL, cube).new == count
     assert len((tmp_path / "cube.quarantine.jsonl").read_text().splitlines()) == count
+
+
+def test_each_damaged_frame_of_a_file_is_written_down_and_once(tmp_path):
+    class OneFile(Flaky):
+        """All frames in one file, of which some are damaged alike."""
+
+        def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
+            return (replace(file, url="all.nc") for file in SMALL.files(start, end))
+
+        def read(self, file: RemoteFile) -> Frame:
+            [known] = [each for each in SMALL.files(None, None) if each.valid_time == file.valid_time]
+            if file.valid_time.minute in (10, 20):
+                raise ValueError("all.nc: no observation")
+            return SMALL.read(known)
+
+    cube = str(tmp_path / "cube")
+    for _ in range(2):
+        result = ingest(OneFile(), cube)
+        lines = [json.loads(line) for line in Path(result.quarantine).read_text().splitlines()]
+        times = [line["valid_time"] for line in lines]
+        assert len(times) == len(set(times)) == result.quarantined > 2
+        assert {time[14:16] for time in times} == {"10", "20"}
 
 
 def test_an_ingest_that_stops_goes_on_where_it_stopped(tmp_path):

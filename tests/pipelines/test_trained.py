@@ -87,6 +87,35 @@ def test_a_run_without_a_calibration_forecasts_as_its_network_does(run):
     assert torch.equal(trained(run)(a_batch()).probability, raw.probability)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": {"model": {**MODEL, "frames": "four"}}}, "'<' not supported"),
+        ({"config": {"model": {**MODEL, "bogus": 3}}}, "unexpected keyword argument 'bogus'"),
+        ({"config": {"model": {**MODEL, "_target_": "os.system"}}}, "os.system"),
+        ({"lead_times": []}, r"lead_times=\[\]: expected"),
+        ({"lead_times": None}, "not iterable"),
+        ({"cadence_minutes": "x"}, "could not convert string to float"),
+        ({"bins": {"edges": [1.0]}}, "incomplete: no 'top'"),
+    ],
+)
+def test_a_card_that_was_changed_is_named_with_what_to_do(run, changes, said):
+    rewritten(run, **changes)
+    with pytest.raises(
+        ValueError, match=rf"model\.json: .*{said}.*; it was changed, or is of .*train the model again"
+    ):
+        trained(run)
+
+
+@pytest.mark.parametrize("key", ["lead_times", "cadence_minutes", "bins", "sha256"])
+def test_a_card_that_lacks_something_is_named_with_what_it_lacks(run, key):
+    card = json.loads((run / "model.json").read_text())
+    del card[key]
+    (run / "model.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=rf"model\.json: incomplete: .*{key}"):
+        trained(run)
+
+
 def test_the_cuts_that_older_cards_tell_are_not_looked_at(run):
     calibration = json.loads((run / "model.json").read_text())["calibration"]
     rewritten(run, calibration={**calibration, "cuts": {"thresholds": "none"}})

@@ -56,6 +56,14 @@ def test_a_wrong_path_is_told_before_the_port_is_taken(tmp_path: Path) -> None:
             serve(str(tmp_path / "nothing"), port=taken.getsockname()[1])
 
 
+@pytest.mark.parametrize("key", ["stale_after", "cache"])
+@pytest.mark.parametrize("number", [float("nan"), -1.0, float("inf")])
+def test_a_number_out_of_range_is_named(tmp_path: Path, key: str, number: float) -> None:
+    write(tmp_path / "forecasts")
+    with pytest.raises(ValueError, match=f"^{key}={number:g}: expected m"):
+        serve(str(tmp_path / "forecasts"), port=0, **{key: number})
+
+
 @pytest.mark.parametrize(
     ("host", "port"), [("203.0.113.77", 8000), ("127.0.0.1", 99999), ("no such host", 8000)]
 )
