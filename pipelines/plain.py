@@ -69,7 +69,10 @@ def open_cube(path: str, group: str = RADAR) -> Observations:
     """
     place = Path(path)
     if "://" not in path and (place.is_file() or is_store(place)):
-        return PlainCube.open(path, group)
+        try:
+            return PlainCube.open(path, group)
+        except ValueError as error:
+            raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
     return Cube.open(path, group)
 
 
