@@ -47,7 +47,8 @@ def taken_over(
     try:
         begun = trained(weights)
     except ValueError as error:
-        raise ValueError(f"weights={weights}: {error}") from error
+        reason = str(error).removeprefix(f"{weights}: ")
+        raise ValueError(f"weights={weights}: {reason}") from error
     kinds = [type(each).__name__ for each in (network, begun.network)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"weights={weights}: expected a {kinds[0]}, as model= describes, got a {kinds[1]}")

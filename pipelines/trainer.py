@@ -46,10 +46,12 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+    except (AttributeError, MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        if isinstance(error, AttributeError) or "Timer" in str(error):  # what Lightning says of max_time=5
+            raise ValueError(
+                "trainer.max_time: expected days:hours:minutes:seconds, such as 00:00:15:00"
+            ) from error
         raise ValueError(f"trainer: {error}") from error
-    except AttributeError as error:  # what Lightning makes of max_time=5
-        raise ValueError("trainer.max_time: expected days:hours:minutes:seconds") from error
     _check(trainer, strategy)
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if any(isinstance(callback, Timer) and callback.time_remaining() == 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]

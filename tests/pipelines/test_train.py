@@ -356,6 +356,12 @@ def test_a_training_without_an_end_is_refused(cube, tmp_path):
         trained_on(cube, tmp_path, steps=-1)
 
 
+@pytest.mark.parametrize("time", ["20s", 5, "00:00"])
+def test_a_time_that_is_none_is_refused_by_its_key(cube, tmp_path, time):
+    with pytest.raises(ValueError, match=r"^trainer\.max_time: expected days:hours:minutes:seconds, such as"):
+        trained_on(cube, tmp_path, steps=-1, trainer={"max_time": time})
+
+
 def test_a_short_cube_is_trained_on_without_validation_and_that_is_said(cube, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         result = trained_on(cube, tmp_path, steps=2, validation=0.45, lead_times=[60])
@@ -672,7 +678,7 @@ def test_weights_tell_all_that_they_ever_learned_from_and_warn_of_validating_on_
 @pytest.mark.parametrize(
     ("weights", "model", "said"),
     [
-        ("nowhere", MODEL, "weights=nowhere: nowhere: no model.json"),
+        ("nowhere", MODEL, "weights=nowhere: no model.json"),
         (
             "run",
             {**MODEL, "channels": 16},
