@@ -295,11 +295,21 @@ def _write(contents: _Contents, path: Path) -> None:
                 total=sum(len(part.regions) for part in contents.parts),
             ):
                 target[part.regions[number]] = part.read(number)
-        if path.is_dir():  # a store of before, which nothing can be moved onto
-            path.rename(aside / "before")
-        (aside / path.name).replace(path)
+        _put(aside / path.name, path, aside / "before")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put(new: Path, place: Path, before: Path) -> None:
+    """Moves a file or folder into place; a folder there, which nothing is moved onto, goes to `before`."""
+    if place.is_dir():
+        place.rename(before)
+    try:
+        new.replace(place)
+    except OSError:
+        if before.exists():
+            before.rename(place)
+        raise
 
 
 def _blocks(targets: Sequence[Any], parts: Sequence[_Part]) -> Iterator[tuple[Any, _Part, int]]:

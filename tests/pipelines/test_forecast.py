@@ -23,6 +23,7 @@ from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
 from pipelines.cf import PRECIPITATION_FLAG, RAINFALL_RATE
 from pipelines.cube import Cube
+from pipelines.export import _put
 from pipelines.forecast import Forecasted, _learned_leads, forecast, from_path
 from pipelines.frame import Frame
 from pipelines.grid import Grid
@@ -362,6 +363,15 @@ def test_an_exported_store_is_replaced_whole(cube, store, tmp_path):
         xr.testing.assert_equal(there.load(), run)
     assert not (target / "left over").exists()
     assert [path.name for path in tmp_path.glob("*run*")] == ["run.zarr"]
+
+
+def test_a_store_stays_where_it_is_if_the_new_one_cannot_be_put_there(tmp_path):
+    (tmp_path / "run.zarr").mkdir()
+    (tmp_path / "run.zarr" / "mine").write_text("precious")
+    with pytest.raises(FileNotFoundError):
+        _put(tmp_path / "nothing", tmp_path / "run.zarr", tmp_path / "before")
+    assert (tmp_path / "run.zarr" / "mine").read_text() == "precious"
+    assert not (tmp_path / "before").exists()
 
 
 @pytest.mark.parametrize(
