@@ -250,7 +250,8 @@ def _sort_words(
             [first, *_] = read_page(CONFIGS / folder / "from_path.yaml").keys
             values.append((f"{key}.{first.name}", text))
         else:
-            meant = _nearest(text, names) or _nearest(key.split(".")[-1], keys, 0.9)
+            other = _nearest(key.split(".")[-1], keys, 0.9) if text.startswith("[") else ""
+            meant = _nearest(text, names) or other
             raise UsageError(f"{key}={text}: expected one of {', '.join(names)}{meant}")
     return choices, values
 

@@ -1,5 +1,7 @@
 """Where something is to be written: looked at before any work, so that nothing is lost at its end."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -31,3 +33,20 @@ def untaken(key: str, path: str) -> Path:
     if place.exists():
         raise ValueError(f"{key}={path}: something is there already; remove it, or give another place")
     return place
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Moves a folder to where another may be, which goes once the new one stands, and stays if it cannot."""
+    if not place.is_dir():
+        new.rename(place)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.before.", dir=place.parent))
+    try:
+        place.rename(aside / place.name)
+        new.rename(place)
+    except BaseException:
+        if (aside / place.name).exists():
+            (aside / place.name).rename(place)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -5,6 +5,7 @@ The numbers are the stored ones, bit for bit. Frames are laid out as the mlcast 
 the steps of the regular axis that have none in `missing_times`.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from zarr.errors import ZarrUserWarning
 from pipelines.coordinates import TIME_UNITS, seconds
 from pipelines.counts import plain_attributes, unpacked
 from pipelines.cube import RADAR, STATIC, STATISTICS, Cube
-from pipelines.destination import folder, untaken
+from pipelines.destination import folder, replace_folder, untaken
 from pipelines.frame import parse_interval
 from pipelines.manifest import NAME, Manifest
 from pipelines.progress import track
@@ -102,29 +103,39 @@ def export(
     return Exported(to, contents.told, _size(target))
 
 
-def export_run(store: ForecastStore, name: str, path: Path) -> None:
+def export_run(store: ForecastStore, name: str, to: str) -> None:
     """Writes a run to a NetCDF file or Zarr store, whole or not at all; one there before is replaced.
 
     Raises:
-        ValueError: if there is no such run.
+        ValueError: if there is no such run, or `to` is no place for one (`place_of_run`).
     """
-    _write(_run(store, name), path)
+    _write(_run(store, name), place_of_run(to), replace=True)
 
 
-def replaceable(key: str, to: str) -> Path:
-    """A place that a run may be written to: there is nothing yet, or what such a run looks like.
+def place_of_run(to: str) -> Path:
+    """The place that `export=` names: nothing is there yet, or a file, or a store that holds a run.
 
     Raises:
-        ValueError: naming the key if it is not of a kind that is written, or something else is there.
+        ValueError: if it is not of a kind that is written, or something else is there.
     """
-    place = _of_a_kind(key, to)
-    folder(key, str(place.parent))
-    store = place.suffix == ".zarr"
-    if place.exists() and place.is_dir() != store:
-        raise ValueError(f"{key}={to}: is a {'file' if store else 'folder'}; give another place")
-    if store and place.exists() and any(place.iterdir()) and not (place / "zarr.json").is_file():
-        raise ValueError(f"{key}={to}: a folder that is no Zarr store; remove it, or give another place")
+    place = _of_a_kind("export", to)
+    folder(f"export={to}: its folder", str(place.parent))
+    if place.is_symlink() and not place.exists():
+        raise ValueError(f"export={to}: is a link to nothing; remove it, or give another place")
+    if place.exists() and place.is_dir() != (place.suffix == ".zarr"):
+        raise ValueError(f"export={to}: is a {'folder' if place.is_dir() else 'file'}; give another place")
+    if place.is_dir() and any(place.iterdir()) and not _holds_a_run(place):
+        raise ValueError(f"export={to}: a folder without an exported run; remove it, or give another place")
     return place
+
+
+def _holds_a_run(store: Path) -> bool:
+    """Whether it is what `export_run` leaves."""
+    try:
+        root = json.loads((store / "zarr.json").read_bytes())
+        return bool("chunk_list" in root["attributes"]) and (store / "forecast_reference_time").is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,8 +293,8 @@ def _steps(
     )
 
 
-def _write(contents: _Contents, path: Path) -> None:
-    """Writes everything aside and moves it into place."""
+def _write(contents: _Contents, path: Path, replace: bool = False) -> None:
+    """Writes everything aside and moves it into place, which a store there already may `replace`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -295,21 +306,12 @@ def _write(contents: _Contents, path: Path) -> None:
                 total=sum(len(part.regions) for part in contents.parts),
             ):
                 target[part.regions[number]] = part.read(number)
-        _put(aside / path.name, path, aside / "before")
+        if replace and path.suffix == ".zarr":
+            replace_folder(aside / path.name, path)
+        else:
+            (aside / path.name).replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _put(new: Path, place: Path, before: Path) -> None:
-    """Moves a file or folder into place; a folder there, which nothing is moved onto, goes to `before`."""
-    if place.is_dir():
-        place.rename(before)
-    try:
-        new.replace(place)
-    except OSError:
-        if before.exists():
-            before.rename(place)
-        raise
 
 
 def _blocks(targets: Sequence[Any], parts: Sequence[_Part]) -> Iterator[tuple[Any, _Part, int]]:

@@ -17,7 +17,7 @@ from metnet.batch import Batch
 from metnet.forecaster import Forecaster
 from metnet.model import MetNet
 from pipelines.beside import Beside
-from pipelines.export import export_run, replaceable
+from pipelines.export import export_run, place_of_run
 from pipelines.frame import parse_interval, parse_time
 from pipelines.late import newest_past
 from pipelines.observations import Observations
@@ -120,7 +120,9 @@ def forecast(
     began = monotonic()
     if not 0 <= stalest <= LONGEST_LEAD:
         raise ValueError(f"stalest={stalest:g}: expected minutes from 0 to {LONGEST_LEAD:g}")
-    place = None if export is None else replaceable("export", export)
+    taken = {Path(path).resolve() for path in (cube, forecasts)}
+    if export is not None and place_of_run(export).resolve() in taken:
+        raise ValueError(f"export={export}: is the cube or the forecasts; expected a place of its own")
     opened = rain_cube(cube)
     if isinstance(model, TrainedModel) and not calibrated:
         model = model.uncalibrated()
@@ -146,8 +148,8 @@ def forecast(
             blind.add(header.name)
         else:
             made.update({} if run is None else {header.name: run})
-    if place is not None:
-        export_run(store, headers[0].name, place)
+    if export is not None:
+        export_run(store, headers[0].name, export)
     return Forecasted(
         path=forecasts,
         model=_name(model),

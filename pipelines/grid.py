@@ -53,6 +53,7 @@ class Grid:
     def _crs_name(self) -> str:
         """Of the CRS, or where it has none that of its projection."""
         crs = CRS.from_wkt(self.crs)
+        crs = crs.source_crs if crs.is_bound and crs.source_crs else crs
         unnamed = crs.name.lower() in ("unknown", "unnamed", "undefined")
         return crs.coordinate_operation.method_name if unnamed and crs.coordinate_operation else crs.name
 

@@ -558,7 +558,9 @@ def _recorded(line: bytes) -> tuple[str, str | None, str, str | None] | None:
     """What tells a line of the quarantine from others; None for one that is no record."""
     try:
         record = json.loads(line)
-        return str(record["path"]), record["sha256"], str(record["reason"]), record["valid_time"]
+        told = record["sha256"], record["valid_time"]
+        sha256, valid_time = (None if each is None else str(each) for each in told)
+        return str(record["path"]), sha256, str(record["reason"]), valid_time
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -72,7 +72,9 @@ def open_cube(path: str, group: str = RADAR) -> Observations:
         try:
             return PlainCube.open(path, group)
         except ValueError as error:
-            raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
+            if str(error).startswith(str(place)):
+                raise
+            raise ValueError(f"{path}: {error}") from error
     return Cube.open(path, group)
 
 

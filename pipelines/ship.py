@@ -11,6 +11,7 @@ from string import Template
 from typing import Any
 
 from pipelines.bench_skill import Event, measured, ratio_tables
+from pipelines.destination import replace_folder
 from pipelines.goals import goal_table
 from pipelines.pretrained import FOLDER, NAME
 from pipelines.terms import TERMS
@@ -79,15 +80,7 @@ def ship(run: str, machine: str, skill: str | None = None, folder: Path = FOLDER
                 "in a package; train a smaller network"
             )
         trained(made)  # opens as it will be opened
-        before = Path(aside) / "before"
-        if folder.exists():
-            folder.replace(before)
-        try:
-            made.replace(folder)
-        except OSError:
-            if before.exists():
-                before.replace(folder)
-            raise
+        replace_folder(made, folder)
     return Shipped(folder, learned, size)
 
 

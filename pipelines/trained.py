@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -291,8 +292,8 @@ def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published | Cohere
         bins = RainBins(tuple(float(edge) for edge in card["bins"]["edges"]), float(card["bins"]["top"]))
         network = made() if isinstance(made, partial) else made
         for key in ("lead_times", "cadence_minutes"):
-            if not [float(minutes) for minutes in card[key]]:
-                raise ValueError(f"{key}=[]: expected one or more numbers of minutes")
+            if not card[key] or not all(0 < float(minutes) < math.inf for minutes in card[key]):
+                raise ValueError(f"{key}={card[key]}: expected one or more minutes above 0")
     except KeyError as error:
         raise ValueError(f"{folder / CARD}: incomplete: no {error}; {ANOTHER}") from error
     except (TypeError, ValueError) as error:

@@ -48,8 +48,9 @@ def make_trainer(
         )
     except (AttributeError, MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
         if isinstance(error, AttributeError) or "Timer" in str(error):  # what Lightning says of max_time=5
+            given = make.keywords.get("max_time") if isinstance(make, partial) else "?"
             raise ValueError(
-                "trainer.max_time: expected days:hours:minutes:seconds, such as 00:00:15:00"
+                f"trainer.max_time={given}: expected days:hours:minutes:seconds, such as 00:00:15:00"
             ) from error
         raise ValueError(f"trainer: {error}") from error
     _check(trainer, strategy)

@@ -22,6 +22,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
         (
             (
                 "version",
+                "words",
                 "progress",
                 "palette",
                 "grid",

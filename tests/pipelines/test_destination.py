@@ -1,8 +1,10 @@
 """A wrong place is refused before any work, by the key that named it."""
 
+from pathlib import Path
+
 import pytest
 
-from pipelines.destination import folder, untaken
+from pipelines.destination import folder, replace_folder, untaken
 
 
 @pytest.mark.parametrize("wanted", ["there", "not/yet/there", "."])
@@ -32,3 +34,38 @@ def test_a_url_and_a_link_to_nothing_are_no_folders(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"^run=.*link: is a link to nothing"):
         folder("run", str(tmp_path / "link"))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    return tmp_path
+
+
+def test_a_folder_takes_the_place_of_another_and_nothing_else_is_left(folders):
+    replace_folder(folders / "new", folders / "old")
+    assert [path.name for path in folders.iterdir()] == ["old"]
+    assert (folders / "old" / "new").read_text() == "new" and not (folders / "old" / "old").exists()
+
+
+def test_a_folder_is_put_where_there_is_none(folders):
+    replace_folder(folders / "new", folders / "third")
+    assert (folders / "third" / "new").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_folder_stays_if_another_cannot_be_put_there(folders, monkeypatch, error):
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(error):
+        replace_folder(folders / "new", folders / "old")
+    assert (folders / "old" / "old").read_text() == "old"
+    assert sorted(path.name for path in folders.iterdir()) == ["new", "old"]

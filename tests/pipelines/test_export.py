@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import netCDF4
 import numpy as np
 import pytest
 import xarray as xr
@@ -179,12 +178,27 @@ def test_a_run_is_exported_as_it_is_stored_the_newest_unless_one_is_named(tmp_pa
         export(store.path, str(tmp_path / "none.nc"), run="19")
 
 
-def test_a_run_is_written_over_its_earlier_export(tmp_path):
+@pytest.mark.parametrize("name", ["run.zarr", "run.nc"])
+def test_a_run_is_written_over_its_earlier_export(tmp_path, name):
     store = make_runs(tmp_path / "runs")
     for run in store.names():
-        export_run(store, run, tmp_path / "run.nc")
-    with netCDF4.Dataset(tmp_path / "run.nc") as file:
-        assert int(file["forecast_reference_time"][...]) == int((START + CADENCE).timestamp())
+        export_run(store, run, str(tmp_path / name))
+    with opened(tmp_path / name) as file:
+        assert file["forecast_reference_time"].values == np.datetime64((START + CADENCE).replace(tzinfo=None))
+
+
+def test_what_appears_at_the_place_while_a_cube_is_exported_stays(tmp_path, monkeypatch):
+    cube, place = make_cube(tmp_path / "cube"), tmp_path / "out.zarr"
+
+    def meanwhile(steps, *_, **__):
+        place.mkdir()
+        (place / "mine").write_text("precious")
+        return steps
+
+    monkeypatch.setattr("pipelines.export.track", meanwhile)
+    with pytest.raises(OSError, match="not empty"):
+        export(cube, str(place))
+    assert (place / "mine").read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["out.zarr", "out.nc"])

@@ -23,10 +23,11 @@ from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
 from pipelines.cf import PRECIPITATION_FLAG, RAINFALL_RATE
 from pipelines.cube import Cube
-from pipelines.export import _put
+from pipelines.export import export as export_cube
 from pipelines.forecast import Forecasted, _learned_leads, forecast, from_path
 from pipelines.frame import Frame
 from pipelines.grid import Grid
+from pipelines.plain import open_cube
 from pipelines.pretrained import run_folder
 from pipelines.run_facts import RunFacts
 from pipelines.runs import ForecastStore, RunHeader
@@ -365,13 +366,21 @@ def test_an_exported_store_is_replaced_whole(cube, store, tmp_path):
     assert [path.name for path in tmp_path.glob("*run*")] == ["run.zarr"]
 
 
-def test_a_store_stays_where_it_is_if_the_new_one_cannot_be_put_there(tmp_path):
-    (tmp_path / "run.zarr").mkdir()
-    (tmp_path / "run.zarr" / "mine").write_text("precious")
-    with pytest.raises(FileNotFoundError):
-        _put(tmp_path / "nothing", tmp_path / "run.zarr", tmp_path / "before")
-    assert (tmp_path / "run.zarr" / "mine").read_text() == "precious"
-    assert not (tmp_path / "before").exists()
+def test_no_store_but_an_exported_run_is_replaced(cube, store, tmp_path):
+    radar = str(tmp_path / "radar.zarr")
+    export_cube(cube, radar)
+    for place, keys, said in (
+        (radar, {}, "a folder without an exported run"),
+        (radar, {"cube": radar}, "a folder without an exported run"),
+        (store + ".zarr", {"forecasts": store + ".zarr"}, "is the cube or the forecasts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            forecast(**{"cube": cube, "model": Persistence(), "forecasts": store, **keys}, export=place)
+    assert open_cube(radar).observed.any()
+    inner = str(tmp_path / "r.zarr" / "forecasts")
+    with pytest.raises(ValueError, match="a folder without an exported run"):
+        forecast(cube, Persistence(), inner, export=str(tmp_path / "r.zarr"))
+    assert ForecastStore.open(inner).names()
 
 
 @pytest.mark.parametrize(
@@ -381,8 +390,9 @@ def test_a_store_stays_where_it_is_if_the_new_one_cannot_be_put_there(tmp_path):
         ("s3://bucket/run.nc", "expected a Zarr store .* on this machine"),
         ("folder.nc", "is a folder"),
         ("file.zarr", "is a file"),
-        ("folder.zarr", "a folder that is no Zarr store"),
-        ("file.zarr/run.nc", "file.zarr: is a file"),
+        ("folder.zarr", "a folder without an exported run"),
+        ("link.zarr", "is a link to nothing"),
+        ("file.zarr/run.nc", "run.nc: its folder=.*file.zarr: is a file"),
     ],
 )
 def test_a_place_that_no_export_can_take_is_refused_before_any_work(cube, store, tmp_path, place, said):
@@ -390,6 +400,7 @@ def test_a_place_that_no_export_can_take_is_refused_before_any_work(cube, store,
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("precious")
     (tmp_path / "file.zarr").write_text("precious")
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(ValueError, match=f"^export=.*{said}"):
         forecast(cube, Persistence(), store, export=place if "://" in place else str(tmp_path / place))

@@ -358,7 +358,9 @@ def test_a_training_without_an_end_is_refused(cube, tmp_path):
 
 @pytest.mark.parametrize("time", ["20s", 5, "00:00"])
 def test_a_time_that_is_none_is_refused_by_its_key(cube, tmp_path, time):
-    with pytest.raises(ValueError, match=r"^trainer\.max_time: expected days:hours:minutes:seconds, such as"):
+    with pytest.raises(
+        ValueError, match=rf"^trainer\.max_time={time}: expected days:hours:minutes:seconds, such as"
+    ):
         trained_on(cube, tmp_path, steps=-1, trainer={"max_time": time})
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -94,7 +95,9 @@ def test_a_run_without_a_calibration_forecasts_as_its_network_does(run):
         ({"config": {"model": {**MODEL, "bogus": 3}}}, "unexpected keyword argument 'bogus'"),
         ({"config": {"model": {**MODEL, "_target_": "os.system"}}}, "os.system"),
         ({"lead_times": []}, r"lead_times=\[\]: expected"),
-        ({"lead_times": None}, "not iterable"),
+        ({"lead_times": [5.0, -1.0]}, "minutes above 0"),
+        ({"cadence_minutes": [math.nan]}, "minutes above 0"),
+        ({"lead_times": None}, "lead_times=None: expected one or more minutes above 0"),
         ({"cadence_minutes": "x"}, "could not convert string to float"),
         ({"bins": {"edges": [1.0]}}, "incomplete: no 'top'"),
     ],
