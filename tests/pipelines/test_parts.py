@@ -100,7 +100,7 @@ def test_the_table_tells_each_part_by_cube(made, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [
         "| without | cube |",
         "|---|---|",
-        "| other | 1.000 / 1.000 / 1.000 / 1.000 |",
+        f"| {other} | 1.000 / 1.000 / 1.000 / 1.000 |",
     ]
 
 
