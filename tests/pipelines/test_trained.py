@@ -91,7 +91,7 @@ def test_a_run_without_a_calibration_forecasts_as_its_network_does(run):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"config": {"model": {**MODEL, "frames": "four"}}}, "'<' not supported"),
+        ({"config": {"model": {**MODEL, "frames": "four"}}}, "(not supported|frames)"),
         ({"config": {"model": {**MODEL, "bogus": 3}}}, "unexpected keyword argument 'bogus'"),
         ({"config": {"model": {**MODEL, "_target_": "os.system"}}}, "os.system"),
         ({"lead_times": []}, r"lead_times=\[\]: expected"),
@@ -105,7 +105,7 @@ def test_a_run_without_a_calibration_forecasts_as_its_network_does(run):
 def test_a_card_that_was_changed_is_named_with_what_to_do(run, changes, said):
     rewritten(run, **changes)
     with pytest.raises(
-        ValueError, match=rf"model\.json: .*{said}.*; it was changed, or is of .*train the model again"
+        ValueError, match=rf"(?s)model\.json: .*{said}.*; it was changed, or is of .*train the model again"
     ):
         trained(run)
 

@@ -405,7 +405,7 @@ def test_forecasts_of_a_future_without_observations_are_refused_with_what_the_cu
 ) -> None:
     store = forecast_into(tmp_path / "forecasts", range(FRAMES - 1, FRAMES), says)
 
-    with pytest.raises(ValueError, match=r"none of 1 runs.*2020-06-01T00:00Z to 2020-06-01T01:35Z"):
+    with pytest.raises(ValueError, match=r"none of 1 run, .*2020-06-01T00:00Z to 2020-06-01T01:35Z"):
         verified(cube, store, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
