@@ -134,9 +134,9 @@ def main() -> None:
     parser.add_argument("--inits", type=int, default=9, help="forecasts of each cube (default 9)")
     parser.add_argument("--side", type=int, default=512, help="cells of the window's sides (default 512)")
     given = parser.parse_args()
-    models: dict[str, Forecaster] = {AS_IT_IS: trained(given.run).uncalibrated()}
-    if not given.only_others:
-        models |= dict(variants(given.run))
+    alone = given.only_others
+    models: dict[str, Forecaster] = {}
+    models |= {AS_IT_IS: trained(given.run).uncalibrated()} if alone else dict(variants(given.run))
     models |= {other: trained(other).uncalibrated() for other in given.others}
     skills = [outcomes(cube, models, given.inits, given.side) for cube in given.cubes]
     print(f"| without | {' | '.join(Path(cube).name for cube in given.cubes)} |")
