@@ -1,6 +1,7 @@
 """`Guard`: what holds for every request and answer, whatever the route (plain ASGI)."""
 
 import logging
+from urllib.parse import parse_qsl
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,11 +54,14 @@ class Guard:
             self.in_flight -= 1
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
-        """The answer to a request that is not let through: 405, 414 or 503."""
+        """The answer to a request that is not let through: 400, 405, 414 or 503."""
         if scope["method"] not in ("GET", "HEAD"):
             return problem_response(405, "only GET and HEAD are answered", {"Allow": "GET, HEAD"})
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > self.longest_address:
             return problem_response(414, f"the address is longer than {self.longest_address} bytes")
+        keys = [key for key, _ in parse_qsl(scope["query_string"], keep_blank_values=True)]
+        if len(keys) != len(set(keys)):
+            return problem_response(400, "a query key is given twice; expected each once")
         if self.in_flight >= self.max_in_flight and scope["path"] != ALWAYS_ANSWERED:
             return problem_response(503, "too many requests at this moment", {"Retry-After": "1"})
         return None

@@ -3,13 +3,25 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import BeforeValidator
 
 from pipelines import cf
 from serve.caching import cached_json
 from serve.forecasts import LATEST, Cell, Forecasts, Run, Values, iso, number
 
-Longitude = Annotated[float, Query(ge=-180, le=180, allow_inf_nan=False, description="degrees east")]
-Latitude = Annotated[float, Query(ge=-90, le=90, allow_inf_nan=False, description="degrees north")]
+
+def _spelt_out(degrees: object) -> object:
+    """What is not spelt as Python spells digits in groups: 5_2 is a slip of the hand, not 52."""
+    if "_" in str(degrees):
+        raise ValueError("expected a number")
+    return degrees
+
+
+SPELT_OUT = BeforeValidator(_spelt_out)
+Longitude = Annotated[
+    float, SPELT_OUT, Query(ge=-180, le=180, allow_inf_nan=False, description="degrees east")
+]
+Latitude = Annotated[float, SPELT_OUT, Query(ge=-90, le=90, allow_inf_nan=False, description="degrees north")]
 
 
 def routes(forecasts: Forecasts) -> APIRouter:
