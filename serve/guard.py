@@ -59,7 +59,8 @@ class Guard:
             return problem_response(405, "only GET and HEAD are answered", {"Allow": "GET, HEAD"})
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > self.longest_address:
             return problem_response(414, f"the address is longer than {self.longest_address} bytes")
-        keys = [key for key, _ in parse_qsl(scope["query_string"], keep_blank_values=True)]
+        query = scope["query_string"].decode("latin-1")  # any bytes may come
+        keys = [key for key, _ in parse_qsl(query, keep_blank_values=True)]
         if len(keys) != len(set(keys)):
             return problem_response(400, "a query key is given twice; expected each once")
         if self.in_flight >= self.max_in_flight and scope["path"] != ALWAYS_ANSWERED:

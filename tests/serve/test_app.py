@@ -13,6 +13,7 @@ import pytest
 from fastapi import APIRouter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
 
 from serve.app import Output, create_app
 from serve.forecasts import Forecasts
@@ -133,6 +134,23 @@ def test_nothing_but_get_and_head_is_let_in(service: Service, method: str) -> No
 
 def test_a_long_address_is_refused(service: Service) -> None:
     assert service.client.get("/forecast?lat=" + "4" * 5000).status_code == 414
+
+
+@pytest.mark.parametrize("query", [b"lat=\xff&lon=8", b"lat=47&lon=8&%ff=1", b"lat=47&lon=8&run=%00"])
+def test_a_query_of_any_bytes_is_answered_or_refused(service: Service, query: bytes) -> None:
+    app = service.client.app
+
+    async def with_these_bytes(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "query_string": query}, receive, send)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=with_these_bytes)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/forecast")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code in (200, 400, 404)
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def failing(forecasts: Forecasts) -> APIRouter:
