@@ -25,6 +25,10 @@ const state = {
   layers: [], // ids, the longest unused first
 };
 
+if (!document.createElement("canvas").getContext("webgl2")) {
+  say(`The map needs WebGL 2, which this browser lacks or has switched off. The same numbers are at ${HOME}?f=json`);
+  throw new Error("no WebGL 2");
+}
 const map = new Map({
   container: "map",
   style: await basemap(),

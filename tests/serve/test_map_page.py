@@ -130,6 +130,19 @@ def test_a_click_shows_the_forecast_of_that_place(browser: Browser, address: str
     page.context.close()
 
 
+def test_a_browser_without_webgl_is_told_where_the_numbers_are(browser: Browser, address: str) -> None:
+    page = browser.new_page()
+    page.add_init_script(
+        "const made = HTMLCanvasElement.prototype.getContext;"
+        "HTMLCanvasElement.prototype.getContext = function (kind, ...how) {"
+        "  return kind === 'webgl2' ? null : made.call(this, kind, ...how); };"
+    )
+    page.goto(address)
+    expect(page.locator("#notice")).to_contain_text("needs WebGL 2")
+    expect(page.locator("#notice")).to_contain_text(f"{address}?f=json")
+    page.close()
+
+
 def test_playing_goes_round_and_old_data_is_told(
     browser: Browser, address: str, own_service: Service
 ) -> None:
