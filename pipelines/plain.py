@@ -42,7 +42,7 @@ from pipelines.sources.source import RemoteFile
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata", NAME)
 RESOLUTION = re.compile(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+)S)?")  # ISO 8601, up to days
-ADVICE = "read it into a cube by metnet ingest source=cf, whose settings say what the file does not"
+ADVICE = "metnet ingest source=cf makes it a cube, with settings for what the file does not say"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 

@@ -281,7 +281,8 @@ class Cf:
         late = np.flatnonzero(np.diff(given) <= 0)
         if late.size:
             raise ValueError(
-                f"its times do not rise: after {moment(given[late[0]])} comes {moment(given[late[0] + 1])}"
+                f"its times do not rise: after {moment(given[late[0]])} comes {moment(given[late[0] + 1])}; "
+                "sort them, each but once (by xarray: dataset.sortby('time').drop_duplicates('time'))"
             )
         cadence = self._cadence(given)
         minutes = self.interval or cadence / timedelta(minutes=1)

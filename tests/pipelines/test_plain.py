@@ -293,7 +293,7 @@ def off_axis() -> xr.Dataset:
         ),
         (lambda: stranger(other=stranger()["RR"]), r"holds several quantities \(RR, other\)"),
         (lambda: stranger().isel(time=slice(1)), "no time_coverage_resolution"),
-        (lambda: stranger().isel(time=[1, 0, 2]), "times do not rise"),
+        (lambda: stranger().isel(time=[1, 0, 2]), "times do not rise.*sort them"),
         (lambda: stranger().drop_vars("map"), "on which map"),
     ],
 )
