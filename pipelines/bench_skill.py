@@ -39,7 +39,7 @@ from pipelines.progress import track
 from pipelines.report import DECIDED
 from pipelines.run_folder import Trained
 from pipelines.samples import Span
-from pipelines.skill import Difference, Estimate, Skill, perfect
+from pipelines.skill import Difference, Estimate, Skill, over_events, perfect
 from pipelines.sources.source import Source
 from pipelines.trained import CARD, TrainedModel, trained, untrained, with_motion
 
@@ -80,6 +80,12 @@ class BenchedSkill:
             )
             for score, row in event.table.items():
                 told = ", ".join(f"{Estimate(**ratio)} of {name}" for name, ratio in row["ratio"].items())
+                lines.append(f"  {score}: {told}")
+        shared = [score for score in self.events[0].table if all(score in each.table for each in self.events)]
+        if len(self.events) > 1 and shared:
+            lines.append(f"{_all(self.events)}, geometric mean:")
+            for score in shared:
+                told = ", ".join(f"{_over_all(self.events, score, name)} of {name}" for name in BASELINES)
                 lines.append(f"  {score}: {told}")
         return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json, {self.out}/skill.png"])
 
@@ -351,19 +357,17 @@ def _write(folder: Path, events: Sequence[Event]) -> None:
 
 
 def picture(events: Sequence[Event]) -> bytes:
-    """A PNG of each event's scores by those of STEPS and the widened extrapolation."""
+    """A PNG of each event's scores by those of STEPS and the widened extrapolation, and of all together."""
     drawn = [score for score in _scores(1.0) if isinstance(score, Crps | Brier | Csi)]
-    told = {
-        score.name: {
-            BASELINES[baseline]: {
-                event.name: Estimate(**event.table[score.name]["ratio"][baseline])
-                for event in events
-                if score.name in event.table
-            }
-            for baseline in DRAWN
-        }
-        for score in drawn
-    }
+    told: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for name in (score.name for score in drawn):
+        having = [event for event in events if name in event.table]
+        told[name] = {}
+        for baseline in DRAWN:
+            ratios = {event.name: _found(event, name, baseline) for event in having}
+            if len(having) > 1:
+                ratios[_all(having)] = _over_all(having, name, baseline)
+            told[name][BASELINES[baseline]] = ratios
     return event_ratios(told, {score.name: perfect(score) for score in drawn})
 
 
@@ -407,18 +411,41 @@ def _goals(told: Mapping[str, Any]) -> Iterator[Goal]:
 
 
 def ratio_tables(events: Sequence[Event]) -> Iterator[str]:
-    """By score, the ratio of every event to each baseline, as lines of Markdown."""
+    """By score, the ratio of every event, and of all together, to each baseline, as lines of Markdown."""
     yield "Mean over the lead times, by the baseline's (90 % interval of a paired block bootstrap over runs)."
+    if len(events) > 1:
+        yield "Last stands the geometric mean of all events (90 % interval of a bootstrap over events)."
     yield ""
     for score in dict.fromkeys(score for event in events for score in event.table):
+        having = [event for event in events if score in event.table]
         yield f"| {score} | runs | {' | '.join(f'of {words}' for words in BASELINES.values())} |"
         yield "|---|---|---|---|---|"
-        for event in events:
-            if score in event.table:
-                ratios = event.table[score]["ratio"]
-                cells = " | ".join(_ratio(Estimate(**ratios[name])) for name in BASELINES)
-                yield f"| {event.name} | {event.runs} | {cells} |"
+        for event in having:
+            yield _ratio_row(event.name, event.runs, [_found(event, score, name) for name in BASELINES])
+        if len(having) > 1:
+            every = [_over_all(having, score, name) for name in BASELINES]
+            yield _ratio_row(_all(having), sum(event.runs for event in having), every)
         yield ""
+
+
+def _found(event: Event, score: str, baseline: str) -> Estimate:
+    """The ratio of an event's score to a baseline's."""
+    return Estimate(**event.table[score]["ratio"][baseline])
+
+
+def _over_all(events: Sequence[Event], score: str, baseline: str) -> Estimate:
+    """The mean over events of the ratio of their scores to a baseline's."""
+    return over_events([_found(event, score, baseline).value for event in events])
+
+
+def _all(events: Sequence[Event]) -> str:
+    """What several events together are called."""
+    return f"all {len(events)} events"
+
+
+def _ratio_row(name: str, runs: int, ratios: Sequence[Estimate]) -> str:
+    """A row of a table of ratios."""
+    return f"| {name} | {runs} | {' | '.join(_ratio(ratio) for ratio in ratios)} |"
 
 
 def _lead_time_tables(events: Sequence[Event]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metnet.rain import EnsembleForecast
 from metnet.scores.score import Score
 
-FEWEST_RUNS = 5  # with fewer, resampling them tells nothing
+FEWEST_RUNS = 5  # or events: with fewer, resampling them tells nothing
 LEVEL = 0.9  # of the intervals
 
 
@@ -140,6 +140,27 @@ class Estimate:
             return "-"
         span = "" if math.isnan(self.low) else f" ({self.low:.3f}-{self.high:.3f})"
         return f"{self.value:.3f}{span}"
+
+
+def over_events(ratios: Sequence[float], resamples: int = 1000, seed: int = 0) -> Estimate:
+    """The geometric mean of one ratio of several events, with the interval that events drawn anew span.
+
+    Every event counts alike, however much it rained. NaN if any ratio is not known, or one to nothing.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not ratios:
+        raise ValueError("no event whose ratio could be averaged")
+    logarithms = torch.tensor(ratios, dtype=torch.float64).log()
+    value = float(logarithms.mean().exp())
+    if not math.isfinite(value):
+        return Estimate(math.nan, math.nan, math.nan)
+    if len(ratios) < FEWEST_RUNS:
+        return Estimate(value, math.nan, math.nan)
+    drawn = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
+    low, high = _interval(logarithms[torch.from_numpy(drawn)].mean(dim=1).exp())
+    return Estimate(value, float(low), float(high))
 
 
 def _again(score: Score, drawn: Tensor, sums: Tensor) -> Tensor:

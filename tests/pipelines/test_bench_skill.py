@@ -208,6 +208,36 @@ def test_what_is_not_known_is_null_in_skill_json_a_dash_in_words_and_not_measure
     assert "CSI >= 5 mm/h: - of steps" in str(BenchedSkill("out", (event,)))
 
 
+def told(name, runs, **ratios):
+    """An event of such CRPS by that of every baseline, and of other scores, by their names."""
+    known = {"fair CRPS mm/h" if score == "crps" else score: value for score, value in ratios.items()}
+    table = {
+        score: {"ratio": {name: {"value": value, "low": value, "high": value} for name in BASELINES}}
+        for score, value in known.items()
+    }
+    return Event(name, runs, 9, (5.0,), table)
+
+
+def test_all_events_together_stand_below_each_score_that_several_have():
+    events = [told("one", 3, crps=0.5, fss=0.7), told("two", 4, crps=2.0, csi=1.2), told("six", 5, csi=0.3)]
+    rows = list(ratio_tables(events))
+    assert [row for row in rows if row.startswith("| all")] == [
+        "| all 2 events | 7 | 1.000 | 1.000 | 1.000 |",
+        "| all 2 events | 9 | 0.600 | 0.600 | 0.600 |",
+    ]
+    assert not any("all" in row for row in ratio_tables(events[:1]))
+    assert "all" not in str(BenchedSkill("out", tuple(events)))
+
+
+def test_scores_that_all_events_have_are_told_of_all_together():
+    events = tuple(told(name, 3, crps=0.9, fss=0.7) for name in ("one", "two", "six"))
+    assert str(BenchedSkill("out", events)).splitlines()[-4:-1] == [
+        "all 3 events, geometric mean:",
+        "  fair CRPS mm/h: 0.900 of steps, 0.900 of widened, 0.900 of extrapolation",
+        "  fss: 0.700 of steps, 0.700 of widened, 0.700 of extrapolation",
+    ]
+
+
 def test_an_event_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="no event four; expected some of one"):
         bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path), recipe(), ["four"])

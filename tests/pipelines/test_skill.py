@@ -1,5 +1,6 @@
 """What sums by run say of a forecast and how sure that is."""
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -15,7 +16,7 @@ from metnet.scores.crps import Crps
 from metnet.scores.csi import Csi
 from metnet.scores.fss import Fss
 from metnet.scores.reliability import Reliability
-from pipelines.skill import Skill, check_names, perfect
+from pipelines.skill import Skill, check_names, over_events, perfect
 
 START = datetime(2020, 6, 1, tzinfo=UTC)
 
@@ -186,6 +187,39 @@ def test_resampled_runs_choose_their_cut_anew_as_the_runs_themselves_would() -> 
 )
 def test_a_perfect_forecast_shows_what_is_best(score, best: float) -> None:
     assert perfect(score) == pytest.approx(best, abs=1e-6)
+
+
+def test_ratios_of_events_are_averaged_alike_whichever_way_they_are_turned() -> None:
+    assert over_events([0.5, 2.0]).value == pytest.approx(1)
+    ratios = [0.8, 0.9, 1.1, 0.95, 1.3]
+    straight, turned = over_events(ratios), over_events([1 / ratio for ratio in ratios])
+    assert straight.value == pytest.approx(np.exp(np.log(ratios).mean()))
+    assert (turned.value, turned.high) == pytest.approx((1 / straight.value, 1 / straight.low))
+
+
+def test_the_interval_over_events_is_that_of_the_classic_bootstrap() -> None:
+    ratios = np.exp(np.random.default_rng(0).normal(-0.05, 0.04, 200)).tolist()
+    told = over_events(ratios, resamples=20000)
+    spread = 1.645 * np.log(ratios).std() / np.sqrt(200)
+    ends = [told.value * np.exp(-spread), told.value * np.exp(spread)]
+    assert [told.low, told.high] == pytest.approx(ends, abs=2e-4)
+
+
+def test_a_handful_of_events_has_a_mean_without_an_interval() -> None:
+    told = over_events([0.9, 0.9, 0.9, 0.9])
+    assert told.value == pytest.approx(0.9)
+    assert math.isnan(told.low)
+    assert math.isnan(told.high)
+
+
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+def test_the_mean_over_events_of_which_one_is_not_known_is_not_known(unknown: float) -> None:
+    assert str(over_events([0.9, 0.8, unknown, 0.9, 0.9])) == "-"
+
+
+def test_no_event_has_no_mean() -> None:
+    with pytest.raises(ValueError, match="no event whose ratio"):
+        over_events([])
 
 
 def test_two_scores_of_one_name_are_refused() -> None:
