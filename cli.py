@@ -226,11 +226,14 @@ def _named(command: str, words: list[str]) -> list[str]:
 def _sort_words(
     words: list[str], groups: dict[str, tuple[str, str]], keys: list[str]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Overrides that choose a member of a group, and (key, text) of all others."""
+    """Overrides that choose a member of a group or take a key (`~key`) away, and (key, text) of others."""
     choices: list[str] = []
     values: list[tuple[str, str]] = []
     for word in words:
         key, equals, text = word.partition("=")
+        if re.fullmatch(r"~[\w.]+", word):
+            choices.append(word)
+            continue
         if not equals or not key:
             raise UsageError(f"{word!r}: expected key=value")
         if not text:  # as a path it would be the working directory

@@ -98,6 +98,11 @@ class MetNet(nn.Module):
         super().__init__()
         if not 0 <= stochastic_depth < 1:
             raise ValueError(f"stochastic_depth={stochastic_depth}: expected a probability below 1")
+        if stochastic_depth and not advection:
+            raise ValueError(
+                f"stochastic_depth={stochastic_depth}: expected 0 with advection=false, for without a prior "
+                "nothing is left to answer the samples that do not hear the network"
+            )
         if frames < 1 or depth < 0 or channels < 1 or surroundings < 1 or local < 0:
             raise ValueError(
                 f"frames={frames}, depth={depth}, channels={channels}, surroundings={surroundings}, "

@@ -90,6 +90,12 @@ def test_a_path_may_stand_where_a_group_has_names(door, capsys):
     assert "('other', 'my/fruit box')" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("word", ["~nested.depth", "~nested.depth=1.5"])
+def test_a_key_is_taken_away(door, capsys, word):
+    assert cli.answer("ingest", ["where=x", word]) == 0
+    assert "('nested', {})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", ["2020", "007", "1e3", "true", "[x]", "it's"])
 def test_a_path_is_text_whatever_it_looks_like(door, capsys, path):
     assert cli.answer("ingest", [f"where={path}"]) == 0
@@ -134,6 +140,8 @@ def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
         ),
         ([], 2, "missing where= (folder of it)"),
         (["where"], 2, "expected key=value"),
+        (["~/where"], 2, "expected key=value"),
+        (["where=x", "~wher"], 2, "Could not delete from config. 'wher' does not exist."),
         (["where=x", "count=many"], 2, "count=many: expected a whole number, such as 3"),
         (["where=x", "ready=1"], 2, "expected true or false"),
         (["where=x", "window=5"], 2, "window=5: expected a list (each a whole number) or null"),

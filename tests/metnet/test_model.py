@@ -290,3 +290,8 @@ def test_compiled_it_learns_the_same_and_other_lead_times_compile_nothing_anew()
 def test_a_stochastic_depth_that_is_no_probability_is_refused(share):
     with pytest.raises(ValueError, match=r"stochastic_depth=.*expected a probability below 1"):
         MetNet(stochastic_depth=share)
+
+
+def test_without_a_prior_that_could_answer_in_its_place_the_network_is_always_heard():
+    with pytest.raises(ValueError, match=r"stochastic_depth=0.5: expected 0 with advection=false"):
+        MetNet(advection=False, stochastic_depth=0.5)
