@@ -20,6 +20,7 @@ from torch import Tensor
 
 from metnet.batch import Batch
 from metnet.forecaster import Forecaster
+from metnet.model import MetNet
 from metnet.rain import EnsembleForecast, RainForecast
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
@@ -41,10 +42,11 @@ from pipelines.run_folder import Trained
 from pipelines.samples import Span
 from pipelines.skill import Difference, Estimate, Skill, over_events, perfect
 from pipelines.sources.source import Source
-from pipelines.trained import CARD, TrainedModel, trained, untrained, with_motion
+from pipelines.trained import TrainedModel, trained, untrained, with_motion
 
 THRESHOLDS = (0.1, 1.0, 5.0)  # mm/h, of the Brier score and of reliability
 FARTHEST = 60.0  # minutes
+MODEL = f"{MetNet.__module__}.{MetNet.__qualname__}"  # that has a prior
 DRAWN = ("steps", "widened")  # baselines in the picture; the extrapolation is far behind them
 
 
@@ -151,22 +153,24 @@ def bench_skill(
     steps = Steps(members)
     pysteps_nowcast()  # or it would be found missing after the first training
     folder = destination.folder("out", out)
-    if widened is not None and not (Path(widened) / CARD).is_file():
+    fitted = None if widened is None else _fitted(widened)
+    model = asked.get("model") or {}
+    if fitted is None and not (model.get("_target_", MODEL) == MODEL and model.get("advection", True)):
         raise ValueError(
-            f"widened={widened}: no {CARD} there; expected the run folder of a finished training"
+            "training.model: expected a MetNet with advection=true, or widened= the run folder of one "
+            "trained without the same events; a network of another kind fits no prior to stand beside it"
         )
     cubes = dict(zip(events, event_cubes(data, events, str(folder / "cubes")), strict=True))
-    recipe = dict((config or {}).get("training", {}))
     told = []
     for fold in folds:
         run = folder / "runs" / "+".join(fold)
         learned = [cubes[name] for name in cubes if name not in fold]
         given = {"cube": learned, "run": str(run)}
-        training(**given, config={**recipe, **given})
+        training(**given, config={**asked, **given})
         forecasters: dict[str, Forecaster] = {
             "trained": trained(run),
             "steps": steps,
-            "widened": untrained(widened or run),
+            "widened": fitted or untrained(run),
             "extrapolation": Extrapolation(),
         }
         for name in fold:
@@ -174,6 +178,18 @@ def bench_skill(
             told.append(_measured(name, rain_cube(cubes[name]), forecasters, runs, side, resamples, kept))
             _write(folder, told)
     return BenchedSkill(out, tuple(told))
+
+
+def _fitted(widened: str) -> TrainedModel:
+    """The fitted prior of a run folder.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    try:
+        return untrained(widened)
+    except ValueError as error:
+        raise ValueError(f"widened={widened}: {error}") from error
 
 
 def _measured(

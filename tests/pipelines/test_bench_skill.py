@@ -284,6 +284,18 @@ def test_cubes_to_validate_on_are_refused_for_they_may_be_left_out(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "model", [{**MODEL, "advection": False}, {"_target_": "metnet.metnet1.MetNet1", "_partial_": True}]
+)
+def test_a_network_without_a_prior_of_its_own_is_refused_before_any_work(tmp_path, model):
+    config = {"training": {"model": model}}
+    with pytest.raises(
+        ValueError, match=r"^training.model: expected a MetNet with advection=true, or widened="
+    ):
+        bench_skill(str(tmp_path), {"one": storms(1)}, str(tmp_path / "out"), recipe(), config=config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_may_have_learned_from_what_is_left_out_are_refused_before_any_work(tmp_path):
     config = {"training": {"weights": "pretrained"}}
     with pytest.raises(ValueError, match=r"^training.weights=pretrained: expected null"):
