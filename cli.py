@@ -28,6 +28,7 @@ KEPT = 2**29  # bytes of freed memory
 LARGE = 2**27, 2**25  # bytes of blocks that are never kept; older glibc takes no more than the second
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+TAKEN_AWAY = re.compile(r"~[\w.]+")  # a key
 COMMANDS = (
     "demo",
     "ingest",
@@ -216,7 +217,7 @@ def _named(command: str, words: list[str]) -> list[str]:
     keys = read_page(CONFIGS / f"{command}.yaml").keys
     if [key.name for key in keys if key.default == "required"] != ["path"]:
         return words
-    named = [word for word in words if re.match(r"[+~]?[\w.]+=", word)]
+    named = [word for word in words if re.match(r"[+~]?[\w.]+=", word) or TAKEN_AWAY.fullmatch(word)]
     bare = [word for word in words if word not in named]
     if len(bare) > 1:
         raise UsageError(f"{' '.join(bare)}: expected one path")
@@ -231,7 +232,7 @@ def _sort_words(
     values: list[tuple[str, str]] = []
     for word in words:
         key, equals, text = word.partition("=")
-        if re.fullmatch(r"~[\w.]+", word):
+        if TAKEN_AWAY.fullmatch(word):
             choices.append(word)
             continue
         if not equals or not key:

@@ -83,12 +83,11 @@ class BenchedSkill:
             for score, row in event.table.items():
                 told = ", ".join(f"{Estimate(**ratio)} of {name}" for name, ratio in row["ratio"].items())
                 lines.append(f"  {score}: {told}")
-        shared = [score for score in self.events[0].table if all(score in each.table for each in self.events)]
-        if len(self.events) > 1 and shared:
-            lines.append(f"{_all(self.events)}, geometric mean:")
-            for score in shared:
-                told = ", ".join(f"{_over_all(self.events, score, name)} of {name}" for name in BASELINES)
-                lines.append(f"  {score}: {told}")
+        for score in dict.fromkeys(score for event in self.events for score in event.table):
+            having = [event for event in self.events if score in event.table]
+            if len(having) > 1:
+                told = ", ".join(f"{_over_all(having, score, name)} of {name}" for name in BASELINES)
+                lines.append(f"{_mean(having)}, {score}: {told}")
         return "\n".join([*lines, f"{self.out}/skill.md, {self.out}/skill.json, {self.out}/skill.png"])
 
 
@@ -155,6 +154,10 @@ def bench_skill(
     folder = destination.folder("out", out)
     fitted = None if widened is None else _fitted(widened)
     model = asked.get("model") or {}
+    if (depth := model.get("stochastic_depth")) and not model.get("advection", True):
+        raise ValueError(
+            f"training.model.stochastic_depth={depth}: expected 0 with training.model.advection=false"
+        )
     if fitted is None and not (model.get("_target_", MODEL) == MODEL and model.get("advection", True)):
         raise ValueError(
             "training.model: expected a MetNet with advection=true, or widened= the run folder of one "
@@ -382,7 +385,7 @@ def picture(events: Sequence[Event]) -> bytes:
         for baseline in DRAWN:
             ratios = {event.name: _found(event, name, baseline) for event in having}
             if len(having) > 1:
-                ratios[_all(having)] = _over_all(having, name, baseline)
+                ratios[_mean(having)] = _over_all(having, name, baseline)
             told[name][BASELINES[baseline]] = ratios
     return event_ratios(told, {score.name: perfect(score) for score in drawn})
 
@@ -430,7 +433,7 @@ def ratio_tables(events: Sequence[Event]) -> Iterator[str]:
     """By score, the ratio of every event, and of all together, to each baseline, as lines of Markdown."""
     yield "Mean over the lead times, by the baseline's (90 % interval of a paired block bootstrap over runs)."
     if len(events) > 1:
-        yield "Last stands the geometric mean of all events (90 % interval of a bootstrap over events)."
+        yield "Last stands their geometric mean (90 % interval of a bootstrap over events, of five or more)."
     yield ""
     for score in dict.fromkeys(score for event in events for score in event.table):
         having = [event for event in events if score in event.table]
@@ -440,7 +443,7 @@ def ratio_tables(events: Sequence[Event]) -> Iterator[str]:
             yield _ratio_row(event.name, event.runs, [_found(event, score, name) for name in BASELINES])
         if len(having) > 1:
             every = [_over_all(having, score, name) for name in BASELINES]
-            yield _ratio_row(_all(having), sum(event.runs for event in having), every)
+            yield _ratio_row(_mean(having), sum(event.runs for event in having), every)
         yield ""
 
 
@@ -454,9 +457,9 @@ def _over_all(events: Sequence[Event], score: str, baseline: str) -> Estimate:
     return over_events([_found(event, score, baseline).value for event in events])
 
 
-def _all(events: Sequence[Event]) -> str:
-    """What several events together are called."""
-    return f"all {len(events)} events"
+def _mean(events: Sequence[Event]) -> str:
+    """What the mean over several events is called."""
+    return f"mean of {len(events)} events"
 
 
 def _ratio_row(name: str, runs: int, ratios: Sequence[Estimate]) -> str:

@@ -145,7 +145,7 @@ class Estimate:
 def over_events(ratios: Sequence[float], resamples: int = 1000, seed: int = 0) -> Estimate:
     """The geometric mean of one ratio of several events, with the interval that events drawn anew span.
 
-    Every event counts alike, however much it rained. NaN if any ratio is not known, or one to nothing.
+    Every event counts alike, however much it rained. NaN if any ratio is not known, or one of or to nothing.
 
     Raises:
         ValueError: if there is none.
@@ -153,9 +153,9 @@ def over_events(ratios: Sequence[float], resamples: int = 1000, seed: int = 0) -
     if not ratios:
         raise ValueError("no event whose ratio could be averaged")
     logarithms = torch.tensor(ratios, dtype=torch.float64).log()
-    value = float(logarithms.mean().exp())
-    if not math.isfinite(value):
+    if not logarithms.isfinite().all():
         return Estimate(math.nan, math.nan, math.nan)
+    value = float(logarithms.mean().exp())
     if len(ratios) < FEWEST_RUNS:
         return Estimate(value, math.nan, math.nan)
     drawn = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))

@@ -116,6 +116,8 @@ def test_a_time_of_digits_stays_text(door, capsys):
 def test_inspect_takes_one_bare_path_with_any_sign_in_it(tmp_path, capsys):
     assert cli.answer("inspect", [str(tmp_path / "a b=c")]) == 1
     assert "a b=c: no such folder" in capsys.readouterr().err
+    assert cli.answer("inspect", [f"path={tmp_path}", "~nonsense"]) == 2
+    assert "'nonsense' does not exist" in capsys.readouterr().err
     assert cli.answer("inspect", ["a", "b"]) == 2
     assert "a b: expected one path" in capsys.readouterr().err
 

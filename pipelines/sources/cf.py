@@ -280,9 +280,10 @@ class Cf:
         given = times(coordinate, "time")
         late = np.flatnonzero(np.diff(given) <= 0)
         if late.size:
+            name = "time" if along is None else along[0]
             raise ValueError(
                 f"its times do not rise: after {moment(given[late[0]])} comes {moment(given[late[0] + 1])}; "
-                "sort them, each but once (by xarray: dataset.sortby('time').drop_duplicates('time'))"
+                f"sort them, each but once (by xarray: dataset.sortby({name!r}).drop_duplicates({name!r}))"
             )
         cadence = self._cadence(given)
         minutes = self.interval or cadence / timedelta(minutes=1)

@@ -212,7 +212,7 @@ def test_a_handful_of_events_has_a_mean_without_an_interval() -> None:
     assert math.isnan(told.high)
 
 
-@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, 0.0])
 def test_the_mean_over_events_of_which_one_is_not_known_is_not_known(unknown: float) -> None:
     assert str(over_events([0.9, 0.8, unknown, 0.9, 0.9])) == "-"
 
