@@ -42,7 +42,7 @@ from pipelines.sources.source import RemoteFile
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata", NAME)
 RESOLUTION = re.compile(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:(\d+)S)?")  # ISO 8601, up to days
-ADVICE = "for what a file does not say, metnet ingest source=cf has settings"
+ADVICE = "metnet ingest source=cf may read it, with settings for what the file does not say"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
