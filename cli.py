@@ -135,6 +135,11 @@ def command_help(command: str) -> Iterator[Any]:
         _add_group(table, key_name, folder, default)
     yield ""
     yield table
+    if any("." in key.name for key in page.keys) or page.groups:
+        yield (
+            "\nkey=value gives a key another value, key=null none; ~key takes a key away:"
+            " where what another was set to does not know it, or has a default of its own."
+        )
     yield "\n[bold]examples[/bold]"
     for example in page.examples:
         yield "  " + example.replace("[", r"\[")
@@ -171,6 +176,8 @@ def compose(command: str, words: list[str]) -> Any:
 
     groups = _choices(command)
     words = [_in_full(word, groups) for word in _named(command, words)]
+    taken = [word.removeprefix("~") for word in words if TAKEN_AWAY.fullmatch(word)]
+    words = [word for word in words if not TAKEN_AWAY.fullmatch(word)]
     keys = [key.name for key in read_page(CONFIGS / f"{command}.yaml").keys]
     choices, values = _sort_words(words, groups, keys)
     try:
@@ -179,13 +186,18 @@ def compose(command: str, words: list[str]) -> Any:
             known = set(_flatten(OmegaConf.to_container(plain)))
             for key, text in values:
                 _check(key, text, known | set(groups), plain)
+            for key in taken:
+                _check_known(key, known)
             config = hydra.compose(
                 command, choices + [_override(key, text, _is_path(plain, key, text)) for key, text in values]
             )
+        for key in taken:
+            _take_away(config, key)
         missing = sorted(_missing(OmegaConf.to_container(config)))
         if missing:
             raise UsageError(_say_missing(command, missing))
         OmegaConf.resolve(config)
+        _check_calls(OmegaConf.to_container(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(" ".join(str(error).split())) from error
     return config
@@ -207,9 +219,10 @@ def _choices(command: str) -> dict[str, tuple[str, str]]:
 
 def _in_full(word: str, groups: dict[str, tuple[str, str]]) -> str:
     """`attention=...` is short for `model.attention=...`, and so are the keys below it."""
-    first, *rest = re.split(r"(?=[.=])", word, maxsplit=1)
+    sign = "~" if word.startswith("~") else ""
+    first, *rest = re.split(r"(?=[.=])", word.removeprefix("~"), maxsplit=1)
     long = [key for key in groups if key.endswith(f".{first}")]
-    return f"{long[0]}{''.join(rest)}" if len(long) == 1 and first not in groups else word
+    return f"{sign}{long[0]}{''.join(rest)}" if len(long) == 1 and first not in groups else word
 
 
 def _named(command: str, words: list[str]) -> list[str]:
@@ -227,14 +240,11 @@ def _named(command: str, words: list[str]) -> list[str]:
 def _sort_words(
     words: list[str], groups: dict[str, tuple[str, str]], keys: list[str]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """Overrides that choose a member of a group or take a key (`~key`) away, and (key, text) of others."""
+    """Overrides that choose a member of a group, and (key, text) of others."""
     choices: list[str] = []
     values: list[tuple[str, str]] = []
     for word in words:
         key, equals, text = word.partition("=")
-        if TAKEN_AWAY.fullmatch(word):
-            choices.append(word)
-            continue
         if not equals or not key:
             raise UsageError(f"{word!r}: expected key=value")
         if not text:  # as a path it would be the working directory
@@ -267,11 +277,7 @@ def _check(key: str, text: str, known: set[str], plain: Any) -> None:
 
     if key.startswith(("+", "~")):
         return
-    if key not in known:
-        every = sorted(name for name in known if not name.split(".")[-1].startswith("_"))
-        outer, beside = _beside(key, every)
-        told = f"the keys of {outer} are" if outer else "the keys are"
-        raise UsageError(f"no key {key!r}{_nearest(key, every)}; {told}: {', '.join(beside)}")
+    _check_known(key, known)
     default = OmegaConf.select(plain, key, throw_on_missing=False)
     value = OverridesParser.create().parse_override(_override(key, text)).value()
     if OmegaConf.is_list(default) and not isinstance(value, list | None):
@@ -279,6 +285,33 @@ def _check(key: str, text: str, known: set[str], plain: Any) -> None:
     wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))
     if wanted and (not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)):
         raise UsageError(f"{key}={text}: expected {KINDS[type(default)]}, such as {str(default).lower()}")
+
+
+def _check_known(key: str, known: set[str]) -> None:
+    """Refuses a key that does not exist, with those that do."""
+    if key in known:
+        return
+    every = sorted(name for name in known if not name.split(".")[-1].startswith("_"))
+    outer, beside = _beside(key, every)
+    told = f"the keys of {outer} are" if outer else "the keys are"
+    raise UsageError(f"no key {key!r}{_nearest(key, every)}; {told}: {', '.join(beside)}")
+
+
+def _take_away(config: Any, key: str) -> None:
+    """Deletes a key, unless what is called with it has no default of its own for it."""
+    from hydra.utils import get_object
+    from omegaconf import OmegaConf, open_dict
+
+    outer, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, outer) if outer else config
+    if not OmegaConf.is_dict(node) or name not in set(node):  # `in node` is false of a null
+        raise UsageError(f"~{key}: it is gone already, with another key that was given")
+    target = node.get("_target_")
+    wanted = inspect.signature(get_object(target)).parameters.get(name) if target else None
+    if wanted is not None and wanted.default is wanted.empty:
+        raise UsageError(f"~{key}: {target} cannot do without {name}; expected {key}= and another value")
+    with open_dict(node):
+        del node[name]
 
 
 def _is_path(plain: Any, key: str, text: str) -> bool:
@@ -319,6 +352,24 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[str]:
     for key, value in node.items() if isinstance(node, dict) else ():
         yield f"{prefix}{key}"
         yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _check_calls(node: Any, prefix: str = "") -> None:
+    """Refuses a key that what is called does not take, before anything is called."""
+    from hydra.utils import get_object
+
+    for key, value in node.items():
+        if isinstance(value, dict):
+            _check_calls(value, f"{prefix}{key}.")
+    if "_target_" not in node:
+        return
+    taken = inspect.signature(get_object(node["_target_"])).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    for key in node:
+        if not key.startswith("_") and key not in taken:
+            given = f"{prefix}{key}"
+            raise UsageError(f"{given}: {node['_target_']} takes no {key}; ~{given} takes the key away")
 
 
 def _missing(node: Any, prefix: str = "") -> Iterator[str]:

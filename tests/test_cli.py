@@ -96,6 +96,12 @@ def test_a_key_is_taken_away(door, capsys, word):
     assert "('nested', {})" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("word", ["~fruit.skin", "~skin"])
+def test_a_group_and_a_key_without_a_value_are_taken_away(door, capsys, word):
+    assert cli.answer("ingest", ["where=x", "fruit.skin=green", word, "~window"]) == 0
+    assert "('fruit', 5)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", ["2020", "007", "1e3", "true", "[x]", "it's"])
 def test_a_path_is_text_whatever_it_looks_like(door, capsys, path):
     assert cli.answer("ingest", [f"where={path}"]) == 0
@@ -117,7 +123,7 @@ def test_inspect_takes_one_bare_path_with_any_sign_in_it(tmp_path, capsys):
     assert cli.answer("inspect", [str(tmp_path / "a b=c")]) == 1
     assert "a b=c: no such folder" in capsys.readouterr().err
     assert cli.answer("inspect", [f"path={tmp_path}", "~nonsense"]) == 2
-    assert "'nonsense' does not exist" in capsys.readouterr().err
+    assert "no key 'nonsense'; the keys are: group" in capsys.readouterr().err
     assert cli.answer("inspect", ["a", "b"]) == 2
     assert "a b: expected one path" in capsys.readouterr().err
 
@@ -143,7 +149,10 @@ def test_a_member_of_a_group_may_have_groups_of_its_own(door, capsys):
         ([], 2, "missing where= (folder of it)"),
         (["where"], 2, "expected key=value"),
         (["~/where"], 2, "expected key=value"),
-        (["where=x", "~wher"], 2, "Could not delete from config. 'wher' does not exist."),
+        (["where=x", "~wher"], 2, "no key 'wher'; did you mean 'where'?"),
+        (["where=x", "~fruit.seeds"], 2, "~fruit.seeds: tests.test_cli.Apple cannot do without seeds"),
+        (["where=x", "~fruit.skin", "~skin"], 2, "~fruit.skin: it is gone already"),
+        (["where=x", "other._target_=tests.test_cli.Skin"], 2, "other.seeds: tests.test_cli.Skin takes no"),
         (["where=x", "count=many"], 2, "count=many: expected a whole number, such as 3"),
         (["where=x", "ready=1"], 2, "expected true or false"),
         (["where=x", "window=5"], 2, "window=5: expected a list (each a whole number) or null"),
