@@ -505,9 +505,11 @@ def answer(command: str, words: list[str]) -> int:
 
 def _one_line(error: BaseException) -> str:
     """An error as its user should read it."""
+    from pipelines.words import printable
+
     while type(error).__module__.startswith("hydra") and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
+    text = printable(str(error))
     if isinstance(error, ModuleNotFoundError):
         return f"{text}: pip install 'metnet-nowcast[serve,verify]' brings what is optional"
     if isinstance(error, ValueError | OSError):

@@ -59,7 +59,6 @@ class Calibration:
     level: tuple[tuple[float, float], ...]  # of each edge: shift, logarithm of the slope
     drift: tuple[tuple[float, float], ...]  # for each factor of e in lead time
     lead_times: tuple[float, float]  # minutes, from and to
-    class_weights: tuple[float, ...] = ()  # by which the loss counted pixels of each class; none: all alike
 
     def __call__(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
         """The calibrated forecast; `lead_time` in minutes."""
@@ -68,10 +67,10 @@ class Calibration:
     def in_place(self, forecast: BinnedForecast, lead_time: Float[Tensor, "lead"]) -> BinnedForecast:
         """The same in the memory of the forecast, which is not to be used any more; a few rows at once."""
         moved = [pair != ((0.0, 0.0), (0.0, 0.0)) for pair in zip(self.level, self.drift, strict=True)]
-        if not any(moved) and not self.class_weights:
+        if not any(moved):
             return forecast
-        first = moved.index(True) if any(moved) else 0  # classes below this edge stay as they are
-        calibrated = _unweighted(forecast.probability, self.class_weights)
+        first = moved.index(True)  # classes below this edge stay as they are
+        calibrated = forecast.probability
         batch, _, _, _, columns = calibrated.shape
         rows = max(1, CELLS_AT_ONCE // (batch * columns))
         for index, minutes in enumerate(lead_time):
@@ -96,12 +95,10 @@ class Calibration:
         return torch.stack([centre + shift - slope * centre, slope], dim=2)
 
     @classmethod
-    def fitted(
-        cls, said: Exceedances, class_weights: Sequence[float] = (), alike: float = ALIKE
-    ) -> "Calibration":
+    def fitted(cls, said: Exceedances, alike: float = ALIKE) -> "Calibration":
         """The lines that make what fell likeliest, edge by edge; without events they leave all as it is.
 
-        `said` is without the class weights, if there are any; `alike` pixels tell as much as one.
+        `alike` pixels tell as much as one.
 
         Raises:
             ValueError: if there are no pixels.
@@ -130,7 +127,7 @@ class Calibration:
             [tuple(pair) for pair in part.T.tolist()] for part in torch.split(numbers.detach(), 2)
         )
         ends = (float(said.lead_time.min()), float(said.lead_time.max()))
-        return cls(tuple(centre.tolist()), tuple(level), tuple(drift), ends, tuple(class_weights))
+        return cls(tuple(centre.tolist()), tuple(level), tuple(drift), ends)
 
     def of(self, said: Exceedances) -> Exceedances:
         """The same pixels, calibrated."""
@@ -162,23 +159,18 @@ class Calibration:
             level, drift = (tuple((float(a), float(b)) for a, b in card[name]) for name in ("level", "drift"))
             centre = tuple(float(logit) for logit in card["centre"])
             first, last = (float(minutes) for minutes in card["lead_times"])
-            weights = tuple(float(weight) for weight in card["class_weights"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"calibration: expected what a run of metnet train writes, got {card}"
             ) from error
         numbers = [number for part in (centre, *level, *drift) for number in part]
-        whole = {len(centre), len(level), len(drift)} == {edges} and len(weights) in (0, edges + 1)
-        sound = all(map(math.isfinite, numbers)) and all(
-            0 < number < math.inf for number in (first, *weights)
-        )
-        if not whole or not sound or not first <= last < math.inf:
+        whole = {len(centre), len(level), len(drift)} == {edges}
+        if not whole or not all(map(math.isfinite, numbers)) or not 0 < first <= last < math.inf:
             raise ValueError(
-                f"calibration: expected finite numbers for each of {edges} edges between classes, rising "
-                f"lead times and a weight above 0 for each class or none, got {card}; the file is damaged or "
-                "not of this model"
+                f"calibration: expected finite numbers for each of {edges} edges between classes and rising "
+                f"lead times, got {card}; the file is damaged or not of this model"
             )
-        return cls(centre, level, drift, (first, last), weights)
+        return cls(centre, level, drift, (first, last))
 
 
 def undone(
@@ -219,24 +211,6 @@ def identity(bins: RainBins) -> Calibration:
     """The calibration that leaves all as it is."""
     nothing = ((0.0, 0.0),) * len(bins.edges)
     return Calibration((0.0,) * len(bins.edges), nothing, nothing, (REFERENCE, REFERENCE))
-
-
-def unweighted(forecast: BinnedForecast, class_weights: Sequence[float]) -> BinnedForecast:
-    """What a network means whose loss counted each pixel by its observed class; as it is without weights.
-
-    Such a network learns w_k P(k) / sum_j w_j P(j) in place of P(k) (Saerens et al. 2002, Neural Computation
-    14, 21-41).
-    """
-    return BinnedForecast(_unweighted(forecast.probability, class_weights), forecast.bins)
-
-
-def _unweighted(
-    probability: Float[Tensor, "batch lead bin y x"], class_weights: Sequence[float]
-) -> Float[Tensor, "batch lead bin y x"]:
-    if not class_weights:
-        return probability
-    share = probability / torch.tensor(tuple(class_weights)).to(probability)[:, None, None]
-    return share / share.sum(dim=2, keepdim=True)
 
 
 def above(probability: Float[Tensor, "batch lead bin y x"]) -> Float[Tensor, "batch lead edge y x"]:

@@ -33,7 +33,6 @@ SHARP = len(FINE)  # levels that are kept at full resolution, the others in bloc
 LARGEST = (*SIDES[1:], WIDE * AREA)  # cells: sides of the largest lumps of each level
 LEVELS = len(LARGEST)
 CLOSE = 3  # blocks along a side of the area whose rain tells how far off its own forecast may be
-COEFFICIENTS = 2 * LEVELS + 2  # of a lead time: of both frames at each level, and the spreads
 
 
 def decibel(rate: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -280,7 +280,7 @@ def tabulated(
 
 def _cdf_at(threshold: float, rates: Sequence[Tensor], cdf: Sequence[Tensor]) -> Tensor:
     """P(rate < threshold) of a distribution function that is linear between its knots."""
-    result = torch.zeros_like(cdf[0])
+    result = cdf[0]
     for a, b, low, high in zip(rates, rates[1:], cdf, cdf[1:], strict=False):
         share = ((threshold - a) / (b - a).clamp(min=1e-12)).clamp(0, 1)
         result = torch.where(threshold > a, low + (high - low) * share, result)

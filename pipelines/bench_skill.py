@@ -295,7 +295,7 @@ def init_times(cube: Observations, span: Span, runs: int) -> list[datetime]:
 
 
 def _window(cube: Observations, side: int) -> tuple[int, int, int, int]:
-    """The window (y0, x0, ny, nx) of at most this side with the most rain over the event, in whole blocks."""
+    """The window (y0, x0, ny, nx) of at most this side with the most rain over the event."""
     rows, columns = (min(side, size) for size in cube.grid.shape)
     total = np.nansum([cube.block(time, 1)[0] for time in cube.times[::4]], axis=0)
     table = np.zeros((total.shape[0] + 1, total.shape[1] + 1))

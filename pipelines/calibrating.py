@@ -1,13 +1,13 @@
 """`calibrated`: what validation samples say of a network's probabilities, for the card of its run."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from metnet.batch import Batch
-from metnet.calibration import Calibration, Exceedances, cost, exceedances, identity, unweighted
+from metnet.calibration import Calibration, Exceedances, cost, exceedances, identity
 from metnet.model import MetNet
 from pipelines.progress import track
 from pipelines.samples import Samples
@@ -60,7 +60,6 @@ class Calibrated:
 def calibrated(
     network: MetNet | Published,
     validation: Sequence[Samples],
-    class_weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Calibrated:
     """Fits a calibration to a network on its validation samples.
@@ -68,17 +67,14 @@ def calibrated(
     Args:
         network: with the weights it will forecast with.
         validation: samples of each cube that nothing was learned from.
-        class_weights: the factors by which the loss counted pixels of each class of `network.bins`.
         seed: of the choice of pixels.
     """
-    weights, edges = tuple(class_weights or ()), network.bins.edges
-    parts = _parts(network, validation, weights, seed)
+    edges = network.bins.edges
+    parts = _parts(network, validation, seed)
     before = Exceedances.joined(parts)
     fitted_on = {"cubes": [samples.cube.path for samples in validation], "pixels": len(before.fell)}
     if not all(len(part.fell) for part in parts):
-        nothing = replace(identity(network.bins), class_weights=weights)
-        none = (False,) * len(edges)
-        return Calibrated(nothing, none, {}, [], fitted_on)
+        return Calibrated(identity(network.bins), (False,) * len(edges), {}, [], fitted_on)
     others = [Exceedances.joined([*parts[:index], *parts[index + 1 :]]) for index in range(len(parts))]
     judges = list(zip((Calibration.fitted(other) for other in others), parts, strict=True))
     gains = torch.stack([1 - cost(judge.of(part)) / cost(part) for judge, part in judges])
@@ -86,7 +82,7 @@ def calibrated(
     kept = tuple((gains.mean(dim=0) > unsure.clamp(min=ROUNDING)).tolist())
     after = Exceedances.joined([judge.only(kept).of(part) for judge, part in judges])
     return Calibrated(
-        calibration=Calibration.fitted(before, weights).only(kept),
+        calibration=Calibration.fitted(before).only(kept),
         kept=kept,
         cost={"before": float(cost(before).sum()), "after": float(cost(after).sum())},
         reliability=_reliability(edges, before, after),
@@ -94,9 +90,7 @@ def calibrated(
     )
 
 
-def _parts(
-    network: MetNet | Published, validation: Sequence[Samples], weights: tuple[float, ...], seed: int
-) -> list[Exceedances]:
+def _parts(network: MetNet | Published, validation: Sequence[Samples], seed: int) -> list[Exceedances]:
     """What the network says at some pixels of each cube, or, of a single one, of both halves of its time.
 
     A cube in which nothing was observed is left out; two empty parts where no cube is left.
@@ -111,7 +105,7 @@ def _parts(
         assert batch.target is not None
         target = network.middle(batch.target) if isinstance(network, Published) else batch.target
         with torch.inference_mode():
-            forecast = unweighted(network(batch), weights)
+            forecast = network(batch)
         halves[cube][half].append(exceedances(forecast, batch.lead_time, target, PIXELS, generator))
     network.train(training)
     parts = [[Exceedances.joined(half) for half in both] for both in halves]

@@ -47,9 +47,9 @@ def file_away(unfinished: Path, step: int) -> Path:
     """
     folder = unfinished.parent
     path = folder / f"step-{step:08d}-{_digest(unfinished)}.ckpt"
-    _to_disk(unfinished)
+    to_disk(unfinished)
     unfinished.replace(path)
-    _to_disk(folder)
+    to_disk(folder)
     before = sorted(entry for entry in all_of(folder) if entry[0] < step)
     kept = {path, *(older for _, older in before[len(before) - (KEPT - 1) :])}
     for _, other in all_of(folder):
@@ -74,7 +74,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, would outlast a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -93,15 +93,15 @@ def _latitude_longitude(grid: Grid) -> dict[str, dict[str, str]]:
         "lat": {"standard_name": "latitude", "long_name": "latitude", "units": "degrees_north"},
         "lon": {"standard_name": "longitude", "long_name": "longitude", "units": "degrees_east"},
     }
-    if grid.is_geographic:
+    if grid.is_lonlat:
         for named in attributes.values():
             del named["standard_name"]
     return attributes
 
 
 def _lonlat(grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """As `Grid.lonlat`, NaN beside the earth; a geographic grid, whose rows are alike, goes by its edges."""
-    if not grid.is_geographic:
+    """As `Grid.lonlat`, NaN beside the earth; by the edges alone where they are x and y themselves."""
+    if not grid.is_lonlat:
         with np.errstate(invalid="ignore"):  # space beside the disk that a satellite sees has no longitude
             lon, lat = grid.lonlat()
         return lon, np.where(np.isfinite(lat), lat, np.nan)

@@ -396,7 +396,7 @@ def _provenance(cube: Observations, model: Forecaster, config: Mapping[str, Any]
 def _facts(model: Forecaster, thresholds: Sequence[float], lead_times: Sequence[float]) -> RunFacts:
     """How a run's probabilities are calibrated, where a model says so."""
     if not isinstance(model, TrainedModel) or model.calibration is None:
-        return RunFacts()
+        return RunFacts(calibrated=isinstance(model, TrainedModel) and model.is_calibrated)
     edges = model.network.bins.edges
     known = [rate for rate in thresholds if rate in edges]
     lines = model.calibration.line(torch.tensor(lead_times))

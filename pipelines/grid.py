@@ -85,8 +85,13 @@ class Grid:
 
     @property
     def is_geographic(self) -> bool:
-        """Whether x and y are longitude and latitude in degrees."""
+        """Whether x and y are degrees: longitude and latitude, or those about another pole."""
         return bool(CRS.from_wkt(self.crs).is_geographic)
+
+    @property
+    def is_lonlat(self) -> bool:
+        """Whether x and y are longitude and latitude in degrees."""
+        return self.is_geographic and not CRS.from_wkt(self.crs).is_derived
 
     @cached_property
     def cell_size(self) -> float:
@@ -179,7 +184,8 @@ def _even(axis: str, centres: ArrayLike) -> tuple[float, float, int]:
 
 @lru_cache(maxsize=64)
 def _wkt(crs: str) -> str:
-    return CRS.from_user_input(crs).to_wkt()
+    """One text for one CRS: some that PROJ writes (EPSG:3857) are written otherwise once read again."""
+    return CRS.from_wkt(CRS.from_user_input(crs).to_wkt()).to_wkt()
 
 
 @lru_cache(maxsize=64)

@@ -113,10 +113,11 @@ def _draw(axes: Axes, grid: Grid, panel: Panel, scale: Scale) -> None:
     axes.set_aspect(_stretch(grid))
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.tick_params(labelsize=8, length=3, color="#999999")
-    axes.set_xlabel("degrees east" if grid.is_geographic else "x, km", fontsize=8)
-    axes.set_ylabel("degrees north" if grid.is_geographic else "y, km", fontsize=8)
+    named = "degrees" if grid.is_geographic else "km"
+    axes.set_xlabel("degrees east" if grid.is_lonlat else f"x, {named}", fontsize=8)
+    axes.set_ylabel("degrees north" if grid.is_lonlat else f"y, {named}", fontsize=8)
     axes.label_outer()
-    if grid.is_geographic:
+    if grid.is_lonlat:
         axes.grid(color="#000000", alpha=0.15, linewidth=0.5)
     else:
         _graticule(axes, grid, unit)

@@ -11,8 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
-from pipelines.checkpoints import FOLDER, all_of, newest
-from pipelines.trained import CARD, read_card
+from pipelines.checkpoints import FOLDER, all_of, newest, to_disk
+from pipelines.trained import CARD, WEIGHTS, has_its_weights, read_card
 
 CONFIG = "config.json"
 FREE = ("run", "pictures", "strategy")  # where, what is shown, and by whom
@@ -82,6 +82,13 @@ def finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
         )
     card = read_card(folder)
     if card is None or card["config"].get("trainer") != plain(config).get("trainer"):
+        return None
+    if not has_its_weights(folder, card):
+        log.warning(
+            "%s is not there, or not what %s says; making it again, from the newest checkpoint",
+            folder / WEIGHTS,
+            CARD,
+        )
         return None
     return Trained(
         folder, card["steps"], card["seconds"], card["parameters"], card["validation"], before=True
@@ -164,10 +171,12 @@ def helps() -> bool:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, also where the power goes."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_bytes(content)
+    to_disk(unfinished)
     unfinished.replace(path)
+    to_disk(path.parent)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

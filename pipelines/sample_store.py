@@ -38,7 +38,6 @@ KEPT = 1  # older stores of a cube that stay when one is made: a training may be
 MOST_VALUES = 2**16  # different ones in FRAMES frames; of more, the values themselves are stored
 # A third smaller than LZ4, and 1 ms of CPU slower a rainy crop. Level 5: half the time, and 7 % more room.
 CODEC = Blosc(cname="zstd", clevel=8, shuffle=Blosc.SHUFFLE)
-NAN = np.float32(np.nan).view(np.uint32)
 Bits = NDArray[np.uint32]  # of float32 values: equal bits are equal values, NaN and -0 too
 Window = tuple[int, int, int, int]  # first row, first column, rows, columns
 Entry = tuple[int, int, int]  # offset, size and CRC-32C in the file; of a block of one value its number, 0, 0

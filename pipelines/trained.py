@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -85,9 +86,18 @@ class TrainedModel:
         """The forecast, which nobody else holds, as validation data put it right, if they did."""
         return forecast if self.calibration is None else self.calibration.in_place(forecast, batch.lead_time)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether what it says was put right by validation data, before a head drew from it or after."""
+        own = self.network.calibration if isinstance(self.network, Coherent) else None
+        return (own or self.calibration) is not None
+
     def uncalibrated(self) -> "TrainedModel":
         """The same with the network's own probabilities."""
-        return replace(self, calibration=None)
+        network = copy(self.network)  # of the same weights
+        if isinstance(network, Coherent):
+            network.calibration = None
+        return replace(self, network=network, calibration=None)
 
 
 @dataclass(frozen=True)
@@ -202,7 +212,9 @@ def trained(path: str | Path) -> TrainedModel:
         raise ValueError(f"{path}: no {CARD} there; expected the run folder of a finished `metnet train`")
     weights = folder / WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"{path}: {CARD} is there but {WEIGHTS} is not; train it again")
+        raise ValueError(
+            f"{path}: {CARD} is there but {WEIGHTS} is not; the training's command makes it again"
+        )
     data = weights.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     if "sha256" not in card:
@@ -210,7 +222,7 @@ def trained(path: str | Path) -> TrainedModel:
     if sha256 != card["sha256"]:
         raise ValueError(
             f"{weights}: its sha256 is {sha256}, {CARD} says {card['sha256']}; "
-            "the file is damaged or not of this run"
+            "the file is damaged or not of this run; the training's command makes it again"
         )
     network = _built(folder, card)
     _load(network, data, weights, card)
@@ -256,6 +268,15 @@ def _load(part: nn.Module, data: bytes, place: Path, card: dict[str, Any]) -> No
         ) from error
 
 
+def has_its_weights(folder: Path, card: Mapping[str, Any]) -> bool:
+    """Whether the weights beside a card are those that it was written for."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        return False
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == card.get("sha256")
+
+
 def read_card(folder: Path) -> dict[str, Any] | None:
     """What `model.json` says, or None where there is none.
 
@@ -268,7 +289,9 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     try:
         card = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(
+            f"{path}: not JSON: {error}; remove it, and the training's command makes it again"
+        ) from error
     if not isinstance(card, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(card).__name__}")
     return card

@@ -4,3 +4,10 @@
 def plural(number: int, noun: str) -> str:
     """Such as `1 run`, `3 runs`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """In one line, and nothing in it that a terminal would obey: such signs are written as escapes."""
+    line = " ".join(text.split())
+    shown = line if len(line) <= most else f"{line[:most]} ... ({len(line) - most} signs more)"
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in shown)

@@ -20,9 +20,9 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
     name: floor
     for floor, names in enumerate(
         (
+            ("words",),
             (
                 "version",
-                "words",
                 "progress",
                 "palette",
                 "grid",

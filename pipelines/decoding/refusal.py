@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from pipelines.words import printable
+
 
 class Code(StrEnum):
     """Every reason there is, as it stands in quarantine.jsonl."""
@@ -32,7 +34,8 @@ class Refusal(ValueError):  # noqa: N818 - no error of ours, a finding
     """A file that was not accepted; its text is a sentence that names the file."""
 
     def __init__(self, code: Code, reason: str):
-        """What it says is `reason`."""
+        """What it says is `reason`, which may hold text out of the file, made fit for a terminal."""
+        reason = printable(reason)
         super().__init__(code, reason)  # all arguments, as pickling needs them
         self.code = code
         self.reason = reason

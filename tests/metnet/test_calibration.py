@@ -13,7 +13,6 @@ from metnet.calibration import (
     exceedances,
     identity,
     undone,
-    unweighted,
 )
 from metnet.rain import BinnedForecast, RainBins
 
@@ -148,38 +147,6 @@ def test_a_calibration_can_be_undone():
     assert undone(torch.tensor([torch.nan]), torch.zeros(1), torch.ones(1)).isnan().all()
 
 
-def test_class_weights_of_a_loss_are_undone_exactly():
-    forecast, target = a_world()
-    weights = (1.0, 2.0, 5.0, 20.0)
-    counted = forecast.probability * torch.tensor(weights)[:, None, None]
-    learned = BinnedForecast(counted / counted.sum(dim=2, keepdim=True), BINS)
-
-    torch.testing.assert_close(unweighted(learned, weights).probability, forecast.probability)
-    through = replace(identity(BINS), class_weights=weights)(learned, LEADS)
-    torch.testing.assert_close(through.probability, forecast.probability, atol=2e-6, rtol=0)
-    assert unweighted(forecast, ()).probability is forecast.probability
-    assert off(some(learned, target)) > 0.1
-
-
-def test_a_network_that_learned_with_weights_says_what_they_made_of_it():
-    """The likeliest constant under a loss with class weights is the weighted share of each class."""
-    weights, share = torch.tensor([1.0, 4.0, 10.0, 1.0]), torch.tensor([0.9, 0.07, 0.02, 0.01])
-    logits = torch.zeros(4, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        total = -(weights * share * logits.log_softmax(dim=0)).sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    learned = BinnedForecast(logits.detach().softmax(dim=0).view(1, 1, 4, 1, 1), BINS)
-    torch.testing.assert_close(
-        unweighted(learned, weights.tolist()).probability.flatten(), share, atol=1e-4, rtol=0
-    )
-
-
 def test_edges_that_are_not_kept_stay_as_they_are():
     forecast, target = a_world(0, 2.0, 0.5)
     calibration = fitted(some(forecast, target))
@@ -195,7 +162,7 @@ def test_edges_that_are_not_kept_stay_as_they_are():
 
 
 def test_the_card_gives_it_back():
-    calibration = replace(fitted(some(*a_world(0, 2.0))), class_weights=(1.0, 2.0, 3.0, 4.0))
+    calibration = fitted(some(*a_world(0, 2.0)))
     assert Calibration.from_card(calibration.card(), edges=3) == calibration
 
 
@@ -206,7 +173,6 @@ def test_the_card_gives_it_back():
         {"drift": [[0.0, float("nan")]] * 3},
         {"lead_times": [60.0, 5.0]},
         {"lead_times": [0.0, 5.0]},
-        {"class_weights": [1.0, -1.0, 1.0, 1.0]},
         {"level": "much"},
         {"centre": [0.0]},
         {"drift": None},

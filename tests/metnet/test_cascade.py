@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from metnet.cascade import COEFFICIENTS, DRY, LEVELS, Lags, Levels, continued, decibel
+from metnet.cascade import DRY, LEVELS, Lags, Levels, continued, decibel
 
 AGE = torch.tensor([[0.0, 5.0, 10.0]])
 
@@ -182,7 +182,7 @@ def test_slow_swings_of_large_rain_are_kept():
 def test_with_fewer_frames_nothing_is_made_up(frames):
     fields = rain(5 * torch.stack([noise(8, seed) for seed in range(frames)]))[None]
     coefficients = Lags.of(fields, AGE[:, :frames]).after(torch.tensor([[5.0, 60.0]]))
-    assert coefficients.shape == (1, 2, COEFFICIENTS, 12, 12)
+    assert coefficients.shape == (1, 2, 2 * LEVELS + 2, 12, 12)
     assert coefficients[:, :, : 2 * LEVELS].abs().max() <= 1 + 1e-3, "no trend is told by two frames"
     told, spread, _ = continued(fields[:, 0], fields[:, -1], coefficients[:, 1])
     assert torch.isfinite(told).all() and torch.isfinite(spread).all()

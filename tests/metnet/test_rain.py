@@ -1,6 +1,7 @@
 """What a distribution of rain says, against sums and integrals done another way."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -269,6 +270,8 @@ def test_a_stored_forecast_joins_the_known_points_by_lines() -> None:
     assert float(stored.probability_above(1.5)) == pytest.approx(0.375)  # halfway from (1, 0.5) to (2, 0.25)
     assert float(stored.quantile(0.5)) == pytest.approx(1.0)
     assert float(stored.quantile(0.1)) == 0.0
+    unseen = replace(stored, quantiles=torch.full_like(stored.quantiles, torch.nan))
+    assert all(unseen.probability_above(rate).isnan().all() for rate in (0.05, 1.5, 9.0))
     # 0.75^2..0.5^2 over [0, 1], 0.5..0.25 over [1, 2], 0.25..0.1 over [2, 3], all on one side
     assert float(stored.crps(pixel(0.0))) == pytest.approx(
         sum((a * a + a * b + b * b) / 3 for a, b in [(0.75, 0.5), (0.5, 0.25), (0.25, 0.1)]), abs=1e-6

@@ -47,11 +47,10 @@ def test_a_network_that_is_too_wet_is_dried_and_held_out_samples_say_so(samples)
 
 
 def test_the_card_is_json_that_gives_the_calibration_back(samples):
-    found = calibrated(network(3.0), [samples], class_weights=[1.0, 1.0, 2.0, 2.0, 4.0])
+    found = calibrated(network(3.0), [samples])
     card = json.loads(json.dumps(found.card(), allow_nan=False))
 
     assert Calibration.from_card(card, edges=4) == found.calibration
-    assert found.calibration.class_weights == (1.0, 1.0, 2.0, 2.0, 4.0)
     assert card["fitted_on"]["cubes"] == [samples.cube.path] and card["fitted_on"]["pixels"] > 1000
 
 
@@ -59,8 +58,8 @@ def test_no_sample_is_judged_by_what_was_fitted_on_it(samples, monkeypatch):
     fitted, judged = [], []
     fit, of = Calibration.fitted.__func__, Calibration.of
 
-    def fitting(cls, said, weights=()):
-        made = fit(cls, said, weights)
+    def fitting(cls, said):
+        made = fit(cls, said)
         fitted.append((made, said))
         return made
 
@@ -82,9 +81,9 @@ def test_each_cube_is_judged_by_what_the_others_teach(samples, monkeypatch):
     fitted = []
     fit = Calibration.fitted.__func__
 
-    def fitting(cls, said, weights=()):
+    def fitting(cls, said):
         fitted.append(len(said.fell))
-        return fit(cls, said, weights)
+        return fit(cls, said)
 
     monkeypatch.setattr(Calibration, "fitted", classmethod(fitting))
     fewer = Samples(samples.cube, samples.inits, samples.span, 24, 2, seed=1)
@@ -107,12 +106,12 @@ def test_the_halves_are_earlier_and_later_samples(samples):
     assert seen == sorted(seen) and len(seen) == 36
 
 
-def test_what_calibrating_does_not_help_is_left_as_it_is_without_the_weights(samples, monkeypatch):
-    worse = Calibration((-1.0,) * 4, ((5.0, 0.0),) * 4, ((0.0, 0.0),) * 4, (5.0, 30.0), (1.0,) * 5)
-    monkeypatch.setattr(Calibration, "fitted", classmethod(lambda cls, said, weights=(): worse))
+def test_what_calibrating_does_not_help_is_left_as_it_is(samples, monkeypatch):
+    worse = Calibration((-1.0,) * 4, ((5.0, 0.0),) * 4, ((0.0, 0.0),) * 4, (5.0, 30.0))
+    monkeypatch.setattr(Calibration, "fitted", classmethod(lambda cls, said: worse))
     found = calibrated(network(1.0), [samples])
     assert not any(found.kept) and "calibrated at 0 of 4 thresholds" in str(found)
-    assert set(found.calibration.level) == {(0.0, 0.0)} and found.calibration.class_weights == (1.0,) * 5
+    assert set(found.calibration.level) == {(0.0, 0.0)}
     assert found.cost["after"] == pytest.approx(found.cost["before"])
 
 

@@ -21,6 +21,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyproj import CRS
 
 from pipelines import cf, cube
 from pipelines.cube import Cube
@@ -32,6 +33,11 @@ from pipelines.version import version
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
 CADENCE = timedelta(minutes=5)
+ROTATED = {  # CORDEX Europe
+    "grid_mapping_name": "rotated_latitude_longitude",
+    "grid_north_pole_latitude": 39.25,
+    "grid_north_pole_longitude": -162.0,
+}
 GRID = Grid("EPSG:3035", 4_000_000.1, 1000.3, 5, 3_000_000.7, -999.9, 4)
 
 
@@ -67,12 +73,12 @@ def test_an_opened_cube_is_what_was_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "crs", ["EPSG:4326", "EPSG:3413", "+proj=stere +lat_0=90 +lat_ts=60 +a=6378140 +b=6356750"]
+    "crs", ["EPSG:4326", "EPSG:3413", "EPSG:3857", "+proj=stere +lat_0=90 +lat_ts=60 +a=6378140 +b=6356750"]
 )
 def test_a_grid_comes_back_to_the_last_bit(tmp_path, crs):
     grid = Grid(crs, 0.1 + 0.2, 1 / 3, 7, 1 / 7, -1 / 9, 1)
     new(tmp_path / "cube", grid)
-    assert Cube.open(str(tmp_path / "cube")).grid == grid
+    assert Cube.open(str(tmp_path / "cube")).grid == grid == replace(grid)
 
 
 def test_not_observed_and_dry_come_back_as_they_were(tmp_path):
@@ -325,6 +331,17 @@ def test_rows_of_a_geographic_grid_are_alike_in_latitude(tmp_path):
     np.testing.assert_allclose(table.lon, lon, atol=1e-4)
     np.testing.assert_allclose(table.lat, lat, atol=1e-4)
     assert table.x.attrs["standard_name"] == "longitude"
+
+
+def test_rows_of_a_grid_about_another_pole_are_not_alike_in_latitude(tmp_path):
+    grid = Grid(CRS.from_cf(ROTATED).to_wkt(), -20, 0.5, 80, 20, -0.5, 80)
+    table = new(tmp_path / "cube", grid).between(at(0), at(0))
+    lon, lat = grid.lonlat()
+    assert np.ptp(lat[0]) > 5
+    np.testing.assert_allclose(table.lon, lon, atol=1e-4)
+    np.testing.assert_allclose(table.lat, lat, atol=1e-4)
+    assert table.lat.attrs["standard_name"] == "latitude"
+    assert table.y.attrs["standard_name"] == "grid_latitude"
 
 
 def test_a_flipped_bit_in_a_stored_field_is_an_error(tmp_path):

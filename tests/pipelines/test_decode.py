@@ -487,3 +487,11 @@ def test_a_refusal_survives_a_pickle():
     refusal = pickle.loads(pickle.dumps(Refusal(Code.TIMEOUT, "x.h5: too slow")))
     assert (refusal.code, str(refusal)) == ("timeout", "x.h5: too slow")
     assert isinstance(refusal, ValueError)
+
+
+def test_a_refusal_says_nothing_that_a_terminal_would_obey():
+    hostile = "x.h5: follows \x1b]0;title\x07\x1b[2J\r\nall \u202e well, 5 °C, 雨\udc80" + "!" * 3000
+    said = str(Refusal(Code.DAMAGED, hostile))
+    assert said.startswith(r"x.h5: follows \x1b]0;title\x07\x1b[2J all \u202e well, 5 °C, 雨\udc80!")
+    assert said.endswith("! ... (1049 signs more)")
+    assert str(Refusal(Code.DAMAGED, said[:1900])) == said[:1900]

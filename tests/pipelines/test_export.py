@@ -35,6 +35,9 @@ GEOSTATIONARY = Grid(  # of which the first rows lie in space
     -20040.17,
     4,
 )
+ROTATED = Grid(
+    "+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39.25 +lon_0=18", -5.0, 0.5, 5, 2.0, -0.5, 4
+)
 HELD = (0, 1, 4)  # steps with a frame
 
 
@@ -253,7 +256,12 @@ def test_memory_holds_a_field_and_not_all_of_them(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
-    grids = {"projected": PROJECTED, "geographic": GEOGRAPHIC, "geostationary": GEOSTATIONARY}
+    grids = {
+        "projected": PROJECTED,
+        "geographic": GEOGRAPHIC,
+        "geostationary": GEOSTATIONARY,
+        "rotated": ROTATED,
+    }
     groups = {
         "radar": cf.RAINFALL_RATE,
         "satellite": cf.BRIGHTNESS_TEMPERATURE,
@@ -274,7 +282,7 @@ def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
     export(packed, str(tmp_path / "packed.nc"))
     Cube.open(packed).between(START, START).to_netcdf(tmp_path / "packed_between.nc")
     files = sorted(tmp_path.glob("*.nc"))
-    assert len(files) == 3 * (3 * 2 + 1) + 1 + 2
+    assert len(files) == len(grids) * (3 * 2 + 1) + 1 + 2
 
     checker, report = Path(sys.executable).with_name("compliance-checker"), tmp_path / "report.json"
     subprocess.run(

@@ -4,6 +4,7 @@ import logging
 import shutil
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,18 @@ def test_a_finished_run_is_left_alone_and_says_so(cube, run):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert again.before
     assert "nothing to do" in str(again)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_finished_run_whose_weights_are_lost_makes_them_again(cube, run, tmp_path, caplog, damage):
+    lost = tmp_path / "run"
+    shutil.copytree(run, lost)
+    damage(lost / "model.safetensors")
+    with pytest.raises(ValueError, match="the training's command makes it again"):
+        trained(lost)
+    assert not trained_on(cube, lost, steps=6).before
+    assert "making it again, from the newest checkpoint" in caplog.text
+    assert (lost / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("stop_at", [2, 5, 6])

@@ -168,6 +168,20 @@ def test_it_forecasts_members_on_a_cube_of_its_grid_at_its_lead_times(told, tmp_
     assert forecast(str(tmp_path / "cut"), model, place).there == (name,)
 
 
+def test_it_draws_from_the_networks_own_probabilities_where_they_are_not_to_be_calibrated(told, tmp_path):
+    model, cube = trained(told.run), cut(tmp_path / "cube")
+    means = {}
+    for calibrated in (True, False):
+        place = str(tmp_path / f"{calibrated}")
+        forecast(cube, model, place, calibrated=calibrated)
+        store = ForecastStore.open(place)
+        [name] = store.names()
+        assert store.header(name).attributes["calibrated"] == str(calibrated).lower()
+        means[calibrated] = store.dataset(name)[PROBABILITY_OF_EXCEEDANCE.name].values.mean()
+    assert means[True] < means[False], "the calibration of the fixture makes it drier"
+    assert model.network.calibration is not None, "the one that was given stays as it was"
+
+
 def test_it_refuses_another_grid_and_lead_times_that_it_does_not_draw(told, cube, tmp_path):
     model, place = trained(told.run), str(tmp_path / "forecasts")
     with pytest.raises(ValueError, match="24 x 32 cells: this head draws maps of 8 x 8"):
