@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,6 +53,7 @@ class Forecasted:
     made: tuple[str, ...]  # names of the runs written now
     there: tuple[str, ...]  # names of the runs that were there already
     degraded: Mapping[str, str]  # by run made: the valid times of the past frames that were missing
+    completed: Mapping[str, str]  # by run there: the valid times that it was made without and that came since
     covered: float  # share of the cells of the last run made that have a forecast at the last lead time
     seconds: float
     export: str | None
@@ -69,6 +71,11 @@ class Forecasted:
             lines.append(f"already there: {_several('run', self.there)}")
         for name, missing in self.degraded.items():
             lines.append(f"degraded: {name} was made without the frames of {missing}")
+        for name, come in self.completed.items():
+            lines.append(
+                f"degraded: {name} was made without the frames of {come}, which have come since; "
+                "restate=true makes it again"
+            )
         if self.export:
             lines.append(f"exported to {self.export}")
         return "\n".join(lines)
@@ -87,6 +94,7 @@ def forecast(
     quantiles: Sequence[float] = QUANTILES,
     stalest: float = STALEST,
     calibrated: bool = True,
+    restate: bool = False,
     export: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Forecasted:
@@ -109,6 +117,7 @@ def forecast(
         quantiles: within (0, 1).
         stalest: minutes that the newest frame that holds anything may be old; not with "all".
         calibrated: with a `TrainedModel`, probabilities as its validation data corrected them.
+        restate: makes those again that are there but were made without frames that have come since.
         export: a NetCDF file (.nc) or Zarr store (.zarr) for the run, if it is one; replaced if it is there.
         config: the command as it was given, kept with the runs.
 
@@ -137,10 +146,14 @@ def forecast(
     headers = [RunHeader(init, opened.grid, leads, limits, levels, made_of) for init in inits]
     store = ForecastStore.open_or_create(forecasts)
     made: dict[str, _Run] = {}
+    completed: dict[str, str] = {}
     blind: set[str] = set()
     for header in track(headers, "forecasting"):
+        come = _come_since(store, opened, model, header, stalest)
+        if come and not restate:
+            completed[header.name] = come
         try:
-            run = _run(store, opened, model, header, stalest)
+            run = _run(store, opened, model, header, stalest, again=restate and bool(come))
         except _BlindError as error:
             if init_time != "all":
                 raise
@@ -157,6 +170,7 @@ def forecast(
         made=tuple(made),
         there=tuple(header.name for header in headers if header.name not in (*made, *blind)),
         degraded={name: run.missing for name, run in made.items() if run.missing},
+        completed=completed,
         covered=list(made.values())[-1].covered if made else math.nan,
         seconds=monotonic() - began,
         export=export,
@@ -199,16 +213,22 @@ class _Run:
 
 
 def _run(
-    store: ForecastStore, cube: Observations, model: Forecaster, header: RunHeader, stalest: float
+    store: ForecastStore,
+    cube: Observations,
+    model: Forecaster,
+    header: RunHeader,
+    stalest: float,
+    again: bool,
 ) -> _Run | None:
-    """Makes a run and writes it whole; None if it is there already.
+    """Makes a run and writes it whole; None if it is there already, and not to be made again.
 
     Raises:
         ValueError: if something else is there under its name.
     """
     if header.name in store:
         _check_same(store, header)
-        return None
+        if not again:
+            return None
     beside = _beside(model)
     batch, missing = _past(cube, model.frames, header, stalest, beside)
     facts = {
@@ -223,10 +243,23 @@ def _run(
         batch = with_motion(batch)  # of the whole grid: where tiles told their own, seams would show
     blocks = (tiled if in_tiles else whole)(model, batch, header)
     run = _Run(missing)
-    if store.write_run(header, run.counting(blocks, header)) is None:  # another process was first
+    if store.write_run(header, run.counting(blocks, header), again) is None:  # another process was first
         _check_same(store, header)
         return None
     return run
+
+
+def _come_since(
+    store: ForecastStore, cube: Observations, model: Forecaster, header: RunHeader, stalest: float
+) -> str:
+    """The valid times of the frames that a run which is there was made without, and that the cube has now."""
+    if header.name not in store or store.header(header.name).attributes.get("degraded") != "true":
+        return ""
+    before = store.header(header.name).attributes["inputs_missing"].split()
+    with suppress(_BlindError):  # less than before, after a rollback of the cube
+        _, missing = _past(cube, model.frames, header, stalest, _beside(model))
+        return " ".join(time for time in before if time not in missing.split())
+    return ""
 
 
 def _beside(model: Forecaster) -> Beside:

@@ -84,7 +84,7 @@ def inspect(
         store = ForecastStore.open(path)
         facts += _forecasts(store)
         drawn = picture is not None and _draw_run(store, Path(picture))
-    facts += [("size", _size(path)), ("history", _history(repository, history))]
+    facts += [("size", _size(path)), ("history", _history(repository, history)), *_taken_back(repository)]
     return Inspection(path, tuple(facts), picture if drawn else None)
 
 
@@ -277,6 +277,12 @@ def _history(repository: Repository, count: int) -> str:
     """The newest commits."""
     commits = repository.history(count)
     return "\n".join(f"{when:{TIME}}  {snapshot}  {message}" for when, message, snapshot in commits)
+
+
+def _taken_back(repository: Repository) -> Iterator[Fact]:
+    """What rollbacks keep, if there were any."""
+    if tags := list(repository.tags().items())[-SHOWN:]:
+        yield "taken back", "\n".join(f"{snapshot}  {tag}" for tag, snapshot in tags)
 
 
 def _draw_cube(cube: Cube, path: Path) -> bool:

@@ -135,27 +135,34 @@ class Repository:
         newest = islice(self._repository.ancestry(branch=BRANCH), count)
         return [(commit.written_at, commit.message, commit.id) for commit in newest]
 
-    def rollback(self, snapshot: str) -> str:
-        """Makes an earlier snapshot the newest again; gives the name of the tag that keeps the later ones.
+    def tags(self) -> dict[str, str]:
+        """The snapshot id of each tag, in the order of their names: rollbacks in the order of time."""
+        return {tag: self._repository.lookup_tag(tag) for tag in sorted(self._repository.list_tags())}
+
+    def rollback(self, snapshot: str) -> tuple[str, str]:
+        """Makes another snapshot the newest; gives its id, and the tag that keeps what was the newest.
 
         Raises:
-            ValueError: if it is no snapshot of the branch `main`, or is the newest already.
+            ValueError: if it is no tag, and no snapshot of the branch `main` or of what a tag keeps, or is
+                the newest already.
         """
         with self._told(), self._lock():
-            newest = self.snapshot
-            known = [commit.id for commit in self._repository.ancestry(branch=BRANCH)]
-            if snapshot not in known[1:]:
+            newest, tags = self.snapshot, self.tags()
+            snapshot = tags.get(snapshot, snapshot)
+            lines = [{"branch": BRANCH}, *({"tag": tag} for tag in tags)]
+            known = {commit.id for line in lines for commit in self._repository.ancestry(**line)}
+            if snapshot == newest or snapshot not in known:
                 raise ValueError(
                     f"{self.path}: {snapshot} is "
                     + ("the newest snapshot already" if snapshot == newest else "no snapshot of its history")
-                    + "; metnet inspect lists the newest ones"
+                    + "; metnet inspect lists the newest ones, and the tags of rollbacks"
                 )
             tag = f"before-rollback-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
             self._repository.create_tag(tag, snapshot_id=newest)
             self._settle()
             self._repository.reset_branch(BRANCH, snapshot, from_snapshot_id=newest)
             self._settle()
-        return tag
+        return snapshot, tag
 
     def _settle(self) -> None:
         """Returns when what was written cannot be lost any more."""
@@ -207,11 +214,15 @@ class Repository:
             f"{self.path}: other writers committed first {CONFLICT_TRIES} times; try again when they are done"
         )
 
-    def add_group(self, name: str, message: str, fill: Callable[[zarr.Group], None]) -> str | None:
+    def add_group(
+        self, name: str, message: str, fill: Callable[[zarr.Group], None], replace: bool = False
+    ) -> str | None:
         """Makes a group at the root and commits it whole; None if there is one of that name already.
 
+        With `replace` that is deleted in the same commit, unless another writer changed it meanwhile.
+
         `fill` runs once, and unlocked, as it may take long: groups of other names do not conflict. It does
-        not run if the group is there; if another writer commits one meanwhile, that one stays.
+        not run if the group is there and to stay; if another writer commits one meanwhile, that one stays.
 
         Raises:
             ValueError: if another writer kept the store busy all the time.
@@ -219,11 +230,11 @@ class Repository:
         """
         session = self._repository.writable_session(BRANCH)
         root = zarr.open_group(session.store, mode="r+", zarr_format=3)
-        if name in root:
+        if name in root and not replace:
             return None
         try:
             with self._told():
-                fill(root.create_group(name))
+                fill(root.create_group(name, overwrite=replace))
                 with self._lock():
                     return self._publish(session, message, icechunk.ConflictDetector())
         except (icechunk.ConflictError, icechunk.RebaseFailedError):

@@ -38,7 +38,7 @@ SIDE = 256  # cells of a chunk
 class RunHeader:
     """What a run is about, before any of its fields."""
 
-    init_time: datetime  # UTC; the last observation that the forecast knows
+    init_time: datetime  # UTC; what was observed later is not known to the forecast
     grid: Grid
     lead_times: tuple[float, ...]  # minutes
     thresholds: tuple[float, ...]  # mm/h
@@ -175,8 +175,10 @@ class ForecastStore:
         self._group(name)
         return self._repository.dataset(self.snapshot, name)
 
-    def write_run(self, header: RunHeader, blocks: Iterable[RunBlock]) -> str | None:
+    def write_run(self, header: RunHeader, blocks: Iterable[RunBlock], replace: bool = False) -> str | None:
         """Writes a run in one commit and gives the snapshot id; None if the run is there already.
+
+        With `replace` it takes the place of the one that is there, which earlier snapshots keep.
 
         Nobody sees a part of a run. Blocks may be of any size and come in any order, one at a time in
         memory; the fastest are whole chunks: all lead times of 256 x 256 cells or, on grids of more than
@@ -191,7 +193,7 @@ class ForecastStore:
             for block in blocks:
                 _store(group, header, block)
 
-        snapshot = self._repository.add_group(header.name, f"run {header.name}", fill)
+        snapshot = self._repository.add_group(header.name, f"run {header.name}", fill, replace)
         self.refresh()
         return snapshot
 
@@ -251,7 +253,7 @@ def _write_axes(group: zarr.Group, header: RunHeader) -> None:
         leads,
         {
             "standard_name": "forecast_period",
-            "long_name": "time since the last observation",
+            "long_name": "time from the init time to the valid time",
             "units": "minutes",
         },
     )
@@ -275,7 +277,11 @@ def _write_axes(group: zarr.Group, header: RunHeader) -> None:
         "forecast_reference_time",
         (),
         np.array(init, "i8"),
-        {"standard_name": "forecast_reference_time", "long_name": "last observation known", **TIME_UNITS},
+        {
+            "standard_name": "forecast_reference_time",
+            "long_name": "init time",
+            **TIME_UNITS,
+        },
     )
 
 

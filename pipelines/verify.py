@@ -1,5 +1,6 @@
 """Verification: forecast runs against later observations, beside baselines on exactly the same pixels."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ CELLS_AT_ONCE = 8_000_000  # of all lead times held at once; twelve numbers each
 CASE_LEADS = 3  # of the run that the report draws
 Field = NDArray[np.float32]
 TIME = "%Y-%m-%dT%H:%MZ"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +112,25 @@ def verify(
         raise ValueError(_nothing(observations, forecasts, skipped))
     skill = _joined(tallies, scores, ("forecast", *baselines))
     provenance = _provenance(observations, store, [tally.header for tally in tallies])
+    _say_of_several_models(forecasts, [tally.header for tally in tallies])
     result = Report.of(skill, reference, resamples, provenance, skipped)
     wettest = max(tallies, key=lambda tally: float(tally.rain.sum()))
     case = _case(_Run.open(store, wettest.header.name, past), reference)
     write(result, case, report)
     return Verified(result, report)
+
+
+def _say_of_several_models(forecasts: str, headers: Sequence[RunHeader]) -> None:
+    """Says that not one model alone is scored, where it is so."""
+    told = (header.attributes for header in headers)
+    models = Counter(f"{each.get('model')} ({each.get('model_sha256', '')[:8]})" for each in told)
+    if len(models) > 1:
+        log.warning(
+            "%s: all runs are scored as one forecast, but several models made them: %s; start= and end= "
+            "choose runs by their init times",
+            forecasts,
+            ", ".join(f"{plural(count, 'run')} of {model}" for model, count in models.items()),
+        )
 
 
 class _NothingToCountError(Exception):

@@ -27,6 +27,7 @@ from pipelines import cf, cube
 from pipelines.cube import Cube
 from pipelines.frame import Frame
 from pipelines.grid import Grid
+from pipelines.inspect import inspect
 from pipelines.quality import CellFlag, FrameFlag
 from pipelines.rollback import rollback
 from pipelines.version import version
@@ -585,11 +586,22 @@ def test_a_rollback_returns_to_an_earlier_snapshot_and_keeps_the_later_ones(tmp_
     assert kept == later and done.kept in str(done)
     assert Cube.open(store.path).write([frame(5)]).new == 1
     for wrong, said in (
-        (later, "no snapshot of its history"),
+        ("ZZZZZZZZZZZZZZZZZZZ0", "no snapshot of its history"),
         (Cube.open(store.path).snapshot, "newest snapshot already"),
     ):
         with pytest.raises(ValueError, match=f"{said}; metnet inspect"):
             rollback(store.path, wrong)
+
+
+@pytest.mark.parametrize("by", ["tag", "snapshot"])
+def test_a_rollback_is_taken_back_by_its_tag_or_what_that_keeps(tmp_path, by):
+    store = new(tmp_path / "cube")
+    earlier = store.write([frame(0)]).snapshot
+    later = store.write([frame(1)]).snapshot
+    done = rollback(store.path, earlier)
+    assert done.kept in str(inspect(store.path, picture=None))
+    assert rollback(store.path, done.kept if by == "tag" else later).snapshot == later
+    assert Cube.open(store.path).times == [at(0), at(1)]
 
 
 @pytest.fixture

@@ -204,6 +204,18 @@ def test_every_missing_frame_is_named_and_told_as_nan(tmp_path, store, pattern):
     assert [i for i in range(4) if np.isnan(seen[i])] == gone and seen[3] == 3
     assert (f"without the frames of {missing}" in str(made)) == bool(gone)
 
+    late = [frame(5 * i, np.full((3, 4), float(i))) for i in gone]
+    Cube.open(cube).write(late, restate=True)
+    told = f"without the frames of {missing}, which have come since; restate=true makes it again"
+    assert (told in str(forecast(cube, Looking(1.0), store))) == bool(gone)
+    assert newest(store)[0].attributes == header.attributes
+
+    again = forecast(cube, Looking(1.0), store, restate=True)
+    assert (len(again.made), again.completed) == (int(bool(gone)), {})
+    assert newest(store)[0].attributes["inputs_missing"] == "none"
+    assert seen[-4:] == [0, 1, 2, 3]
+    assert not forecast(cube, Looking(1.0), store, restate=True).made
+
 
 def test_init_times_without_data_name_those_that_exist(tmp_path, store):
     cube = make_cube(tmp_path / "cube", {0.0: np.ones((3, 3)), 5.0: np.ones((3, 3)), 20.0: np.ones((3, 3))})
@@ -427,7 +439,7 @@ def test_an_interval_that_holds_no_time_is_told_with_what_there_is(cube, store, 
 
 @pytest.mark.parametrize(("covered", "said"), [(0.0, "0%"), (0.004, "less than 1%"), (0.5, "50%")])
 def test_what_is_covered_is_said_in_words(covered, said):
-    told = str(Forecasted("out", "MetNet", (5.0,), ("run",), (), {}, covered, 1.0, None))
+    told = str(Forecasted("out", "MetNet", (5.0,), ("run",), (), {}, {}, covered, 1.0, None))
     assert f"{said} of the cells" in told
     assert "1 lead time to 5 min" in told
 

@@ -377,6 +377,17 @@ def test_runs_of_other_lead_times_stand_beside_each_other(cube: Cube, tmp_path: 
     assert skill.values(SCORES[0]).isfinite().all()
 
 
+def test_runs_of_several_models_are_said_to_be_scored_as_one(
+    cube: Cube, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(4, 6), says)
+    verified(cube, store, tmp_path / "report")
+    assert "several models" not in caplog.text
+    forecast_into(tmp_path / "forecasts", range(6, 7), says, facts={"model": "other"})
+    verified(cube, store, tmp_path / "report")
+    assert "2 runs of of the tests (), 1 run of other ()" in caplog.text
+
+
 def test_start_and_end_choose_runs_by_init_time(cube: Cube, store: ForecastStore, tmp_path: Path) -> None:
     keys = {"start": "2020-06-01T00:25", "end": "2020-06-01T00:45Z"}
 
