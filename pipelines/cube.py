@@ -4,9 +4,10 @@ A repository may hold several, one a group ("radar", "satellite", ...), each wit
 one grid; and what never changes beside them (`pipelines.static`).
 """
 
+import logging
 import re
 from asyncio import gather
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -37,6 +38,7 @@ from pipelines.grid import Grid, from_path
 from pipelines.quality import CellFlag, cell_flags, flag_attributes, frame_flags, statistics
 from pipelines.repository import ARCHIVED, COUNTED, Repository, create_array
 from pipelines.version import version
+from pipelines.words import printable
 
 STATIC = "static"  # the group of what never changes
 RADAR = "radar"  # the group that forecasts are made from
@@ -52,7 +54,10 @@ STATISTICS = {  # of every step: type and meaning
     "fingerprint": ("i8", "hash of the values; equal values have equal hashes"),
 }
 MOVED_AT_ONCE = 128  # chunks in memory while the time axis grows to the front
+MOST_PRODUCTS = 8  # that a cube names; some files have a title of their own
 AXIS_LIMIT = 100_000  # steps; a longer axis may grow at most tenfold in one call
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,11 @@ class Cube:
         return self._axis.cadence
 
     @property
+    def products(self) -> list[str]:
+        """Each service and product that frames were read from, as they name themselves, the first first."""
+        return _products(self._group)
+
+    @property
     def times(self) -> list[datetime]:
         """Every step of the time axis (UTC), with a frame or without."""
         return [self._axis.start + i * self._axis.cadence for i in range(self._axis.size)]
@@ -270,6 +280,7 @@ class Cube:
             ValueError: if a frame has another grid, variable or cadence, or falls between two steps;
                 nothing is written then.
         """
+        snapshot = self.snapshot
         for frame in frames:
             self.check(frame)
         frames = [frame if frame.flags is not None else judged(frame) for frame in frames]
@@ -279,9 +290,19 @@ class Cube:
             group = zarr.open_group(store, path=self.group, mode="r+", zarr_format=3)
             counts.update(_write(group, frames, restate))
 
+        before = self.products
         if frames:
             self._repository.commit(message or f"{len(frames)} frames of {self.variable.name}", edit)
             self._see(self._repository, self._repository.snapshot)
+        if before and (other := [name for name in self.products if name not in before]):
+            log.warning(
+                "%s: frames of %s stand beside those of %s from now on; where their numbers are not alike, "
+                "roll back to %s (metnet rollback) and give each a cube of its own",
+                self.path,
+                " and ".join(other),
+                " and ".join(before),
+                snapshot,
+            )
         return Written(self.snapshot, **counts)
 
     def check(self, frame: Frame) -> None:
@@ -461,11 +482,25 @@ def _write(group: zarr.Group, frames: Sequence[Frame], restate: bool) -> dict[st
             counts["restated" if index in taken else "new"] += 1
             wanted[index], taken[index] = frame, digest
     if wanted:
+        _name_products(group, wanted.values())
         longer = axis.reaching(min(wanted), max(wanted))
         _extend(group, axis, longer)
         before = (axis.start - longer.start) // axis.cadence
         _store(group, {index + before: frame for index, frame in sorted(wanted.items())})
     return counts
+
+
+def _name_products(group: zarr.Group, frames: Iterable[Frame]) -> None:
+    """Names what the frames were read from among what those before them were."""
+    known = _products(group)
+    names = list(dict.fromkeys([*known, *(printable(frame.source) for frame in frames)]))[:MOST_PRODUCTS]
+    if names != known:
+        group.update_attributes({"source": "\n".join(names)})
+
+
+def _products(group: zarr.Group) -> list[str]:
+    """Each service and product that frames were read from, the first first; none in cubes of before."""
+    return str(group.attrs.get("source", "")).splitlines()
 
 
 def _store(group: zarr.Group, frames: dict[int, Frame]) -> None:

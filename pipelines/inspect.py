@@ -117,6 +117,8 @@ def _cube(cube: Cube) -> Iterator[Fact]:
     span = f"{times[0]:{TIME}} to {times[-1]:{TIME}} UTC"
     minutes = cube.cadence.total_seconds() / 60
     yield "frames", f"{int(observed.sum())} of {len(times)} steps of {minutes:g} min, {span}"
+    if cube.products:
+        yield "read from", "; ".join(cube.products)
     yield "gaps", _gaps(cube)
     yield "arrived", _arrivals(cube)
     yield "flagged", _flagged_frames(cube)

@@ -1,5 +1,7 @@
 """Words that messages share."""
 
+from collections.abc import Sequence
+
 
 def plural(number: int, noun: str) -> str:
     """Such as `1 run`, `3 runs`."""
@@ -11,3 +13,8 @@ def printable(text: str, most: int = 2000) -> str:
     line = " ".join(text.split())
     shown = line if len(line) <= most else f"{line[:most]} ... ({len(line) - most} signs more)"
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in shown)
+
+
+def z_r_law(z_r: Sequence[float]) -> str:
+    """Such as `Z = 200 R^1.6`, of a and b."""
+    return f"Z = {z_r[0]:g} R^{z_r[1]:g}"

@@ -29,6 +29,7 @@ from pipelines.formats.inflate import inflated
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.sources.source import RemoteFile, content, named_files, stamp, unzipped
+from pipelines.words import z_r_law
 
 Counts = NDArray[np.uint8]
 Told = dict[str, str]  # what a file says of itself
@@ -131,7 +132,7 @@ class Fmi:
                 cadence=timedelta(minutes=self.cadence),
                 grid=self.grid,
                 values=self._values(counts),
-                source=self.product,
+                source=f"{self.product}, {z_r_law(self.z_r)}",
                 sha256=hashlib.sha256(read).hexdigest(),
             )
         except ValueError as error:

@@ -31,6 +31,7 @@ from pipelines.cf import RAINFALL_RATE, REFLECTIVITY
 from pipelines.frame import Frame
 from pipelines.grid import Coordinates, Grid
 from pipelines.sources.source import RemoteFile, content, named_files, stamp, unzipped, within
+from pipelines.words import z_r_law
 
 FILE_NAME = re.compile(r"(?P<station>[A-Z]{4})(?P<time>\d{8}_\d{6})(?:_V\d\d)?(?:\.gz)?")
 TITLE = re.compile(rb"(?:AR2V00\d\d|ARCHIVE2)\.\d{3}")
@@ -185,7 +186,8 @@ class Nexrad:
                 cadence=timedelta(minutes=self.cadence),
                 grid=grid,
                 values=values,
-                source=f"NOAA NEXRAD {station}, lowest sweep",
+                source=f"NOAA NEXRAD {station}, lowest sweep"
+                + ("" if self.z_r is None else f", {z_r_law(self.z_r)}"),
                 sha256=hashlib.sha256(read).hexdigest(),
             )
         except ValueError as error:

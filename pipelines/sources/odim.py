@@ -32,6 +32,7 @@ from pipelines.formats import hdf5
 from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.sources.source import RemoteFile, content, named_files, stamp
+from pipelines.words import z_r_law
 
 Field = NDArray[np.float32]
 Nodes = tuple[h5py.Group, ...]  # a data group, its dataset and the file: the nearest counts
@@ -143,7 +144,7 @@ class Odim:
                     cadence=timedelta(minutes=self.cadence),
                     grid=grid,
                     values=self._values(hdf5.values(nodes[0]["data"], grid.shape), self._packing(nodes)),
-                    source=self.product,
+                    source=self.product if self.z_r is None else f"{self.product}, {z_r_law(self.z_r)}",
                     sha256=sha256,
                 )
         except ValueError as error:

@@ -26,6 +26,7 @@ from pipelines.cf import RAINFALL_RATE
 from pipelines.frame import Frame, parse_time
 from pipelines.grid import Grid
 from pipelines.sources.source import RemoteFile, content, named_files, stamp
+from pipelines.words import z_r_law
 
 Pairs = NDArray[np.uint16]  # grey in the lower byte, alpha in the upper
 
@@ -106,7 +107,7 @@ class XBand:
                 cadence=timedelta(minutes=self.cadence),
                 grid=self.grid,
                 values=self._rain_rate(_picture(read, self.grid.x_size), turn),
-                source=self.product,
+                source=f"{self.product}, {z_r_law(self.z_r)}",
                 sha256=hashlib.sha256(read).hexdigest(),
             )
         except ValueError as error:

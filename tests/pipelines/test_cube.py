@@ -593,6 +593,26 @@ def test_a_rollback_returns_to_an_earlier_snapshot_and_keeps_the_later_ones(tmp_
             rollback(store.path, wrong)
 
 
+def test_what_frames_were_read_from_is_kept_and_another_product_is_told(tmp_path, caplog):
+    store = new(tmp_path / "cube")
+    store.write([frame(0), frame(1)])
+    snapshot = store.snapshot
+    assert store.products == ["noise"] and not caplog.text
+    store.write([replace(frame(2), source="noise, Z = 200 R^1.6")])
+    assert "frames of noise, Z = 200 R^1.6 stand beside those of noise from now on; where" in caplog.text
+    assert f"roll back to {snapshot}" in caplog.text
+    opened = Cube.open(store.path)
+    assert opened.products == ["noise", "noise, Z = 200 R^1.6"]
+    assert "read from     noise; noise, Z = 200 R^1.6" in str(inspect(store.path, picture=None))
+    assert opened.between(at(0), at(0)).attrs["source"] == "noise\nnoise, Z = 200 R^1.6"
+    caplog.clear()
+    store.write([replace(frame(step), source=f"title {step}\x1b") for step in range(5, 40)])
+    assert len(store.products) == 8 and "\x1b" not in "".join(store.products)
+    caplog.clear()
+    store.write([replace(frame(50), source="title 50")])
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("by", ["tag", "snapshot"])
 def test_a_rollback_is_taken_back_by_its_tag_or_what_that_keeps(tmp_path, by):
     store = new(tmp_path / "cube")

@@ -328,7 +328,10 @@ def test_a_frame_has_the_time_that_its_name_promises(layout, tmp_path):
     (file,) = nexrad.files(None, None)
     frame = decode(nexrad, file)
     assert frame.valid_time == file.valid_time
-    assert (frame.cadence, frame.source) == (timedelta(minutes=5), "NOAA NEXRAD KXYZ, lowest sweep")
+    assert (frame.cadence, frame.source) == (
+        timedelta(minutes=5),
+        "NOAA NEXRAD KXYZ, lowest sweep, Z = 300 R^1.4",
+    )
 
 
 def test_files_of_one_radar_come_in_order_and_of_several_a_choice_is_asked_for(tmp_path):

@@ -321,7 +321,7 @@ def test_a_national_composite_needs_no_more_than_settings(tmp_path):
     assert file.valid_time == TIME
     frame = source.read(file)
     assert frame.grid == source.grid
-    assert frame.source == "A national service's DBZH"
+    assert frame.source == "A national service's DBZH, Z = 223 R^1.53"
     assert frame.values[0, 0] == 0
     assert np.isnan(frame.values[1, 0])
     with pytest.raises(ValueError, match=r"corners \(lon, lat\) lie up to \d+.\d+ m from"):
