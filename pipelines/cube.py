@@ -146,10 +146,15 @@ class Cube:
                 repository.reader(snapshot), path=self.group, mode="r", zarr_format=3
             )
         except FileNotFoundError as error:
-            has = ", ".join(groups(repository, snapshot)) or "none"
+            has = ", ".join(groups(repository, snapshot))
             raise ValueError(
                 f"{self.path}: an Icechunk repository, but without the group {self.group!r} of a cube "
-                f"(its groups of frames: {has}); give the path of a cube that `metnet ingest` made"
+                f"(its groups of frames: {has or 'none'}); "
+                + (
+                    f"`metnet ingest group={self.group}` puts frames there"
+                    if has
+                    else "give the path of a cube that `metnet ingest` made"
+                )
             ) from error
         self.grid = read_grid(self._group)
         self.variable = _variable(self._group)

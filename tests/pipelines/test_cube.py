@@ -238,6 +238,12 @@ def test_an_existing_cube_of_another_kind_is_refused(written):
     assert later.times == written.times
 
 
+def test_a_cube_without_the_group_that_is_asked_for_is_told_how_to_get_it(tmp_path):
+    Cube.open_or_create(str(tmp_path / "cube"), GRID, cf.RAINFALL_RATE, START, CADENCE, "satellite")
+    with pytest.raises(ValueError, match=r"groups of frames: satellite\); `metnet ingest group=radar` puts"):
+        Cube.open(str(tmp_path / "cube"))
+
+
 @pytest.mark.parametrize("year", [1971, 2090])
 def test_a_wrong_date_does_not_stretch_the_axis_over_decades(written, year):
     wrong = replace(frame(0), valid_time=datetime(year, 1, 1, tzinfo=UTC))
