@@ -8,6 +8,7 @@ from pipelines.version import version
 from serve import edr, health, page, point, problems, tiles
 from serve.forecasts import Forecasts
 from serve.guard import Guard
+from serve.metrics import Metrics
 
 Output = Callable[[Forecasts], APIRouter]
 """A kind of answer: given the forecasts, its routes."""
@@ -16,7 +17,10 @@ OUTPUTS: tuple[Output, ...] = (page.routes, tiles.routes, point.routes, edr.rout
 
 
 def create_app(forecasts: Forecasts, more_outputs: Sequence[Output] = (), max_in_flight: int = 64) -> FastAPI:
-    """The service over these forecasts; beyond `max_in_flight` requests at a time it answers 503."""
+    """The service over these forecasts; beyond `max_in_flight` requests at a time it answers 503.
+
+    `app.state.metrics` is the registry of what Prometheus is told.
+    """
     app = FastAPI(
         title="metnet nowcast",
         summary="A probabilistic rain forecast for the next hours",
@@ -27,5 +31,7 @@ def create_app(forecasts: Forecasts, more_outputs: Sequence[Output] = (), max_in
     problems.install(app)
     for output in (*OUTPUTS, *more_outputs):
         app.include_router(output(forecasts))
-    app.add_middleware(Guard, max_in_flight=max_in_flight)
+    metrics = Metrics(forecasts)
+    app.state.metrics = metrics.registry
+    app.add_middleware(Guard, metrics=metrics, max_in_flight=max_in_flight)
     return app

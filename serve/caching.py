@@ -7,25 +7,31 @@ from collections.abc import Callable
 from fastapi import Request, Response
 
 from pipelines.version import version
+from serve.forecasts import Run, iso
 
 REVALIDATE = "no-cache"
-"""The client keeps the answer, and asks each time whether it still holds."""
-
-UNCHANGING = "public, max-age=3600"
-"""What a run of the store says never changes."""
+"""The client keeps the answer, and asks each time whether it still holds: even a run of the past may be
+rolled back and made anew under its name."""
 
 
 def cached(
-    request: Request, seed: tuple[object, ...], make: Callable[[], bytes], media_type: str, cache_control: str
+    request: Request,
+    seed: tuple[object, ...],
+    make: Callable[[], bytes],
+    media_type: str,
+    run: Run | None = None,
 ) -> Response:
-    """The answer of `make`, unless the client has it already.
+    """The answer of `make`, unless the client has it already; of a run, the headers tell how fresh it is.
 
-    `seed` is all that the answer depends on (the snapshot id and the canonical query): equal seeds, equal
-    bytes, in every process that runs this version of the software.
+    `seed` and the run are all that the answer depends on: equal ones have equal bytes and headers, in every
+    process that runs this version of the software.
     """
-    told = "\0".join(str(part) for part in (version(), media_type, *seed))
+    of_run = () if run is None else (run.snapshot, run.name, run.stale)
+    told = "\0".join(str(part) for part in (version(), media_type, *of_run, *seed))
     etag = f'"{hashlib.sha256(told.encode()).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": cache_control}
+    headers = {"ETag": etag, "Cache-Control": REVALIDATE}
+    if run is not None:
+        headers |= {"Metnet-Init-Time": iso(run.header.init_time), "Metnet-Stale": str(run.stale).lower()}
     if _matches(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
     return Response(make(), media_type=media_type, headers=headers)
@@ -36,13 +42,14 @@ def cached_json(
     seed: tuple[object, ...],
     make: Callable[[], object],
     media_type: str = "application/json",
+    run: Run | None = None,
 ) -> Response:
-    """As `cached`, for what is written as JSON and may change with the next run; NaN is refused."""
+    """As `cached`, for what is written as JSON; NaN is refused."""
 
     def body() -> bytes:
         return json.dumps(make(), allow_nan=False).encode()
 
-    return cached(request, seed, body, media_type, REVALIDATE)
+    return cached(request, seed, body, media_type, run)
 
 
 def _matches(if_none_match: str, etag: str) -> bool:

@@ -52,15 +52,16 @@ def routes(forecasts: Forecasts) -> APIRouter:
         run = forecasts.run()
         return cached_json(
             request,
-            ("collections", run.snapshot),
+            ("collections",),
             lambda: {"links": [_link("/collections", "self")], "collections": [_collection(run)]},
+            run=run,
         )
 
     @router.get("/collections/{collection}")
     def one_collection(request: Request, collection: str) -> Response:
         """What the collection holds: where, when, which parameters."""
         run = _run(forecasts, collection)
-        return cached_json(request, ("collection", run.snapshot), lambda: _collection(run))
+        return cached_json(request, ("collection",), lambda: _collection(run), run=run)
 
     @router.get("/collections/{collection}/position")
     def position(
@@ -89,16 +90,8 @@ def routes(forecasts: Forecasts) -> APIRouter:
             stamp = {"run": run.name, "init_time": iso(run.header.init_time), "stale": run.stale}
             return point_series(cell, chosen, quantities, series) | {"metnet": stamp}
 
-        seed = (
-            "position",
-            run.snapshot,
-            run.name,
-            run.stale,
-            cell,
-            times,
-            [quantity.name for quantity in quantities],
-        )
-        return cached_json(request, seed, make, COVERAGE_JSON)
+        seed = ("position", cell, times, [quantity.name for quantity in quantities])
+        return cached_json(request, seed, make, COVERAGE_JSON, run)
 
     return router
 

@@ -16,9 +16,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipelines import cf
-from pipelines.grid import Grid
 from pipelines.runs import ForecastStore, RunHeader
 from serve import geometry
+from serve.outline import Ring, bounds_of, outline_of
 from serve.problems import Problem
 
 logger = logging.getLogger(__name__)
@@ -83,30 +83,14 @@ class Run:
         return [self.header.init_time + timedelta(minutes=lead) for lead in self.header.lead_times]
 
     @cached_property
-    def outline(self) -> list[tuple[float, float]]:
+    def outline(self) -> Ring:
         """The rim of the domain: a closed ring of longitude and latitude, running on past 180 degrees."""
-        grid, sides = self.header.grid, 32
-        corners = Grid(
-            grid.crs,
-            grid.x_first - grid.x_step / 2,
-            grid.x_step * grid.x_size / sides,
-            sides + 1,
-            grid.y_first - grid.y_step / 2,
-            grid.y_step * grid.y_size / sides,
-            sides + 1,
-        )
-        lon, lat = (
-            np.concatenate([edge[0, :-1], edge[:-1, -1], edge[-1, :0:-1], edge[::-1, 0]])
-            for edge in geometry.lonlat(corners)
-        )
-        ring = zip(np.unwrap(lon, period=360), lat, strict=True)
-        return [(round(float(x), 5), round(float(y), 5)) for x, y in ring]
+        return outline_of(self.header.grid)
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """West, south, east and north of the domain, in degrees."""
-        lon, lat = zip(*self.outline, strict=True)
-        return min(lon), min(lat), max(lon), max(lat)
+        """West, south, east and north of the domain, in degrees; west is above east across 180 degrees."""
+        return bounds_of(self.outline)
 
     def quantity(self, name: str) -> Quantity:
         """The quantity of that name.
@@ -140,10 +124,11 @@ class Run:
         inside = -0.5 <= row < grid.y_size - 0.5 and -0.5 <= column < grid.x_size - 0.5
         if not inside:
             west, south, east, north = self.bounds
+            across = " (across 180)" if west > east else ""
             raise Problem(
                 400,
                 "the place is outside the domain of the forecast, which lies within "
-                f"{west:.2f}..{east:.2f} east and {south:.2f}..{north:.2f} north",
+                f"{west:.2f}..{east:.2f} east{across} and {south:.2f}..{north:.2f} north",
             )
         row_index, column_index = int(np.floor(row + 0.5)), int(np.floor(column + 0.5))
         centre_lon, centre_lat = geometry.lonlat(grid.window(row_index, column_index, 1, 1))
@@ -238,7 +223,10 @@ class Forecasts:
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """One snapshot of the store; what was read of its runs is kept as long as it is."""
+    """One snapshot of the store; what was read of its runs is kept as long as it is.
+
+    The newest run's header is read at once, so that its age can be told without the store.
+    """
 
     snapshot: str
     names: tuple[str, ...]
@@ -248,7 +236,10 @@ class _View:
 
     @classmethod
     def of(cls, store: ForecastStore) -> "_View":
-        return cls(store.snapshot, tuple(store.names()), store)
+        view = cls(store.snapshot, tuple(store.names()), store)
+        for name in view.names[-1:]:
+            view.header(name)
+        return view
 
     def header(self, name: str) -> RunHeader:
         if name not in self.headers:

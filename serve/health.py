@@ -1,4 +1,4 @@
-"""Health: whether the server lives and reads its store, and how fresh the newest run is."""
+"""Health: whether the server lives and reads its store, and whether its newest run is fresh."""
 
 import json
 
@@ -6,23 +6,34 @@ from fastapi import APIRouter, Response
 
 from serve.forecasts import Forecasts, iso
 
+ANSWERS: dict[int | str, dict[str, object]] = {200: {"content": {"application/json": {}}}}
+
 
 def routes(forecasts: Forecasts) -> APIRouter:
-    """The health check."""
-    router = APIRouter(tags=["health"])
+    """The health checks."""
+    router = APIRouter(tags=["health"], default_response_class=Response)
 
-    @router.get("/healthz", response_class=Response, responses={200: {"content": {"application/json": {}}}})
+    @router.get("/healthz", responses=ANSWERS)
     def healthz() -> Response:
         """`ok`, `stale` (the newest run is old), `empty` (no run yet), or 503 `unreadable`."""
-        snapshot, runs = forecasts.newest(1)
-        fresh = "empty" if not runs else "stale" if runs[0].stale else "ok"
-        status = fresh if forecasts.reachable else "unreadable"
-        newest = {"run": runs[0].name, "init_time": iso(runs[0].header.init_time)} if runs else {}
-        return Response(
-            json.dumps({"status": status, "snapshot": snapshot, **newest}),
-            status_code=200 if forecasts.reachable else 503,
-            media_type="application/json",
-            headers={"Cache-Control": "no-store"},
-        )
+        return _told(forecasts, fine=("ok", "stale", "empty"))
+
+    @router.get("/readyz", responses=ANSWERS)
+    def readyz() -> Response:
+        """As /healthz, but 503 for `stale` and `empty` too: whether clients are to be sent here."""
+        return _told(forecasts, fine=("ok",))
 
     return router
+
+
+def _told(forecasts: Forecasts, fine: tuple[str, ...]) -> Response:
+    snapshot, runs = forecasts.newest(1)
+    fresh = "empty" if not runs else "stale" if runs[0].stale else "ok"
+    status = fresh if forecasts.reachable else "unreadable"
+    newest = {"run": runs[0].name, "init_time": iso(runs[0].header.init_time)} if runs else {}
+    return Response(
+        json.dumps({"status": status, "snapshot": snapshot, **newest}),
+        status_code=200 if status in fine else 503,
+        media_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )

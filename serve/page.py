@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
-from serve.caching import REVALIDATE, cached, cached_json
+from serve.caching import cached, cached_json
 from serve.forecasts import Forecasts, Run, iso
 from serve.palette import PROBABILITY, RATE
 from serve.problems import Problem
@@ -60,7 +60,7 @@ class Asset:
 
     def answer(self, request: Request) -> Response:
         """The file, or 304 to a client that has it."""
-        return cached(request, (self.sha256,), lambda: self.body, self.media_type, REVALIDATE)
+        return cached(request, (self.sha256,), lambda: self.body, self.media_type)
 
 
 def routes(forecasts: Forecasts) -> APIRouter:
@@ -100,7 +100,7 @@ def routes(forecasts: Forecasts) -> APIRouter:
                 "legends": {"rate": RATE.legend(), "probability": PROBABILITY.legend()},
             }
 
-        return cached_json(request, ("runs", snapshot, stale), listed)
+        return cached_json(request, ("runs", snapshot, stale), listed, run=newest[0] if newest else None)
 
     return router
 

@@ -38,8 +38,11 @@ def routes(forecasts: Forecasts) -> APIRouter:
         """Probabilities and rates (mm/h) by valid time in the cell that holds a place; null: no forecast."""
         found = forecasts.run(run)
         cell = found.cell(lon, lat)
-        seed = ("forecast", found.snapshot, found.name, found.stale, lat, lon)
-        return cached_json(request, seed, lambda: _described(found, cell, lat, lon))
+
+        def make() -> object:
+            return _described(found, cell, lat, lon)
+
+        return cached_json(request, ("forecast", lat, lon), make, run=found)
 
     return router
 

@@ -11,12 +11,15 @@ from datetime import timedelta
 from ipaddress import ip_address
 
 import uvicorn
+from prometheus_client import CollectorRegistry, start_http_server
 from rich.console import Console
 
 from serve.app import Output, create_app
 from serve.forecasts import Forecasts
 
 logger = logging.getLogger(__name__)
+
+LACKING = "without TLS, a key, or a deadline for slow requests"
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,34 @@ def serve(
     stale_after: float = 60.0,
     cache: float = 512.0,
     max_in_flight: int = 64,
+    public: bool = False,
+    metrics_port: int | None = None,
     more_outputs: Sequence[Output] = (),
 ) -> Served:
     """Serves a forecast store until SIGINT or SIGTERM; requests in progress are answered first.
 
-    `stale_after` is minutes, `cache` is megabytes of decoded fields, port 0 is any free one.
+    `stale_after` is minutes, `cache` is megabytes of decoded fields, port 0 is any free one. What Prometheus
+    asks for is answered at `metrics_port`, on this machine only; None: nowhere.
 
     Raises:
-        ValueError: if there is no forecast store at `forecasts`, or for a number out of range.
-        OSError: if the host and port cannot be had.
+        ValueError: if there is no forecast store at `forecasts`, for a number out of range, or for a host
+            that others can reach and not `public`.
+        OSError: if the host and port, or the port for metrics, cannot be had.
     """
+    if not (public or _is_loopback(host)):
+        raise ValueError(
+            f"host={host}: answers anyone who can reach this machine, {LACKING}; leave host=127.0.0.1 and "
+            "put a proxy such as nginx in front that has them, or add public=true"
+        )
     for key, number, unit in (("stale_after", stale_after, "minutes"), ("cache", cache, "megabytes")):
         if not 0 <= number <= 1e9:
             raise ValueError(f"{key}={number:g}: expected {unit}, from 0 to 1e9")
     reader = Forecasts(forecasts, timedelta(minutes=stale_after), cache_bytes=int(cache * 2**20))
     app = create_app(reader, more_outputs, max_in_flight)
-    with _bound(host, port) as listener:
+    with _bound(host, port) as listener, _metrics_at(metrics_port, app.state.metrics):
         address = _address(host, listener.getsockname()[1])
         if not _is_loopback(host):
-            logger.warning(
-                "host=%s answers anyone who can reach this machine, without TLS or a deadline for slow "
-                "requests; put a proxy such as nginx in front",
-                host,
-            )
+            logger.warning("host=%s answers anyone who can reach this machine, %s", host, LACKING)
         Console(stderr=True).print(
             f"serving {forecasts} at {address} (Ctrl+C stops)", highlight=False, soft_wrap=True
         )
@@ -82,7 +90,8 @@ def _bound(host: str, port: int) -> socket.socket:
     """A listening socket, so that a port in use is told before anything else starts."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends the body without waiting for the head's acknowledgement (40 ms) only if TCP is named
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except (OSError, OverflowError) as error:
         raise OSError(f"host={host} port={port}: cannot be listened on ({error})") from error
     try:
@@ -97,6 +106,27 @@ def _bound(host: str, port: int) -> socket.socket:
             ) from error
         raise OSError(f"host={host} port={port}: cannot be listened on ({error})") from error
     return listener
+
+
+@contextmanager
+def _metrics_at(port: int | None, registry: CollectorRegistry) -> Iterator[None]:
+    """Answers Prometheus meanwhile, on the loopback."""
+    if port is None:
+        yield
+        return
+    try:
+        server, thread = start_http_server(port, "127.0.0.1", registry)
+    except (OSError, OverflowError) as error:
+        raise OSError(
+            f"metrics_port={port}: cannot be listened on at 127.0.0.1 ({error}); choose another, or null"
+        ) from error
+    Console(stderr=True).print(f"metrics at http://127.0.0.1:{server.server_port}/metrics", soft_wrap=True)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _address(host: str, port: int) -> str:

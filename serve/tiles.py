@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipelines.grid import Grid
 from serve import geometry
-from serve.caching import REVALIDATE, UNCHANGING, cached
-from serve.forecasts import LATEST, Forecasts, Values
+from serve.caching import cached
+from serve.forecasts import Forecasts, Values
 from serve.palette import HATCH, MISSING, PROBABILITY, RATE, Palette
 from serve.problems import Problem
 
@@ -55,8 +55,7 @@ def routes(forecasts: Forecasts) -> APIRouter:
             palette = PROBABILITY if shown.kind == "probability" else RATE
             return png(pixels(field, cells, palette, gaps == "hatched"), palette)
 
-        seed = (found.snapshot, found.name, quantity, index, z, x, y, gaps)
-        return cached(request, seed, make, "image/png", REVALIDATE if run == LATEST else UNCHANGING)
+        return cached(request, (quantity, index, z, x, y, gaps), make, "image/png", found)
 
     return router
 

@@ -21,9 +21,9 @@ export async function basemap() {
   return {
     version: 8,
     sources: {
-      land: { ...geojson(feature(world, world.objects.land)), attribution: "Natural Earth" },
-      borders: geojson(mesh(world, world.objects.countries, (a, b) => a !== b)),
-      coast: geojson(mesh(world, world.objects.countries, (a, b) => a === b)),
+      land: { ...geojson(land(world)), attribution: "Natural Earth" },
+      borders: geojson(onward(mesh(world, world.objects.countries, (a, b) => a !== b))),
+      coast: geojson(onward(mesh(world, world.objects.countries, (a, b) => a === b))),
       states: geojson(mesh(states, states.objects.states, (a, b) => a !== b)),
       graticule: geojson(graticule(10)),
       towns: geojson(towns(places)),
@@ -66,6 +66,25 @@ async function load(name) {
   const answer = await fetch(new URL(name, import.meta.url));
   if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
   return answer.json();
+}
+
+/** The land, its coasts running on past 180 degrees. */
+function land(world) {
+  const { features } = feature(world, world.objects.land);
+  return { type: "FeatureCollection", features: features.map((one) => ({ ...one, geometry: onward(one.geometry) })) };
+}
+
+/** The lines of a geometry running on past 180 degrees, where they would leap back across the map. */
+function onward({ type, coordinates }) {
+  const unwrap = (part) => {
+    if (Array.isArray(part[0][0])) return part.map(unwrap);
+    let turns = 0;
+    return part.map(([lon, lat], i) => {
+      if (i) turns -= Math.round((lon - part[i - 1][0]) / 360);
+      return [lon + 360 * turns, lat];
+    });
+  };
+  return { type, coordinates: unwrap(coordinates) };
 }
 
 function line(id, paint, minzoom = 0) {

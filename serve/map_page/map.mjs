@@ -81,16 +81,19 @@ function choose(run) {
   state.run = run;
   fillRuns();
   tellAge();
-  if (before?.name === run.name) return;
+  if (before && made(before) === made(run)) return;
   fillQuantities();
   const same = run.leads.findIndex(({ valid_time: time }) => time === shown);
   state.lead = Math.max(0, same);
   fillSlider();
   drawDomain(run);
-  if (!before || String(before.bounds) !== String(run.bounds)) lookAt(run.bounds);
+  if (!before || String(before.bounds) !== String(run.bounds)) lookAt(run);
   show();
   if (state.place) askPoint(state.place);
 }
+
+/** Which making of the run it is: one may be made anew under its name. */
+const made = ({ name, made_by: { created } }) => `${name} ${created}`;
 
 function fillRuns() {
   const options = state.runs.map(({ name, init_time: time }) => option(name, time_(time)));
@@ -170,34 +173,37 @@ function show() {
 function drawRain() {
   const { leads } = state.run;
   const near = [-1, 2, 1, 0].map((step) => (state.lead + step + leads.length) % leads.length);
-  for (const i of new Set(near)) hold(layerOf(leads[i].lead_time));
+  for (const i of new Set(near)) hold(leads[i].lead_time);
   const now = layerOf(leads[state.lead].lead_time);
   for (const id of state.layers) map.setPaintProperty(id, "raster-opacity", id === now ? OPACITY : 0);
-  while (state.layers.length > HELD || state.layers.some((id) => !id.startsWith(`${state.run.name}/`))) {
-    const stray = state.layers.findIndex((id) => !id.startsWith(`${state.run.name}/`));
+  const isStray = (id) => !id.startsWith(`${made(state.run)}/`);
+  while (state.layers.length > HELD || state.layers.some(isStray)) {
+    const stray = state.layers.findIndex(isStray);
     const [id] = state.layers.splice(Math.max(0, stray), 1);
     map.removeLayer(id);
     map.removeSource(id);
   }
 }
 
-const layerOf = (minutes) => `${state.run.name}/${state.quantity}/${minutes}`;
+const layerOf = (minutes) => `${made(state.run)}/${state.quantity}/${minutes}`;
 
-function hold(id) {
+function hold(minutes) {
+  const id = layerOf(minutes);
   const known = state.layers.indexOf(id);
   if (known >= 0) {
     state.layers.push(...state.layers.splice(known, 1));
     return;
   }
-  const { bounds: [west, south, east, north], cell_size: metres } = state.run;
+  const { west, south, east, north } = reach(state.run);
+  const { cell_size: metres } = state.run;
   const equator = 156_543; // metres a pixel at zoom 0 on the equator
   const finest = Math.log2((equator * Math.cos((((south + north) / 2) * Math.PI) / 180)) / metres) + 2;
   map.addSource(id, {
     type: "raster",
-    tiles: [`${HOME}tiles/${id}/{z}/{x}/{y}.png?gaps=hatched`],
+    tiles: [`${HOME}tiles/${state.run.name}/${state.quantity}/${minutes}/{z}/{x}/{y}.png?gaps=hatched`],
     tileSize: 256,
     maxzoom: Math.min(12, Math.max(1, Math.ceil(finest))),
-    bounds: east - west < 350 ? [Math.max(-180, west), Math.max(-85, south), Math.min(180, east), Math.min(85, north)] : undefined,
+    bounds: [east > 180 ? -180 : west, Math.max(-85, south), Math.min(180, east), Math.min(85, north)],
   });
   map.addLayer(
     {
@@ -216,6 +222,11 @@ function hold(id) {
   state.layers.push(id);
 }
 
+/** Where the run lies, in degrees; east is above 180 where it crosses it. */
+function reach({ bounds: [west, south, east, north] }) {
+  return { west, south, east: west > east ? east + 360 : east, north };
+}
+
 function drawDomain({ outline }) {
   const data = { type: "LineString", coordinates: outline };
   if (map.getSource("domain")) {
@@ -231,9 +242,11 @@ function drawDomain({ outline }) {
   });
 }
 
-function lookAt([west, south, east, north]) {
+function lookAt(run) {
+  const { west, south, east, north } = reach(run);
   const wide = window.innerWidth > 720;
   const padding = wide ? { top: 30, bottom: 110, left: 40, right: 40 } : { top: 90, bottom: 130, left: 12, right: 12 };
+  map.setRenderWorldCopies(east > 180); // else the map ends there
   map.fitBounds(new LngLatBounds([west, Math.max(-80, south)], [east, Math.min(80, north)]), { padding, animate: false });
 }
 
@@ -380,9 +393,9 @@ document.addEventListener("keydown", (event) => {
 map.on("load", async () => {
   map.getCanvas().setAttribute("aria-label", "Map; arrow keys move it, Enter asks for the forecast at its centre");
   map.getCanvas().addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && state.run) askPoint(map.getCenter());
+    if (event.key === "Enter" && state.run) askPoint(map.getCenter().wrap());
   });
-  map.on("click", ({ lngLat }) => state.run && askPoint(lngLat));
+  map.on("click", ({ lngLat }) => state.run && askPoint(lngLat.wrap()));
   await refresh();
   setInterval(refresh, RUNS_EVERY);
 });

@@ -1,6 +1,7 @@
 """What holds for every answer: caching, headers, methods, limits, and problems that tell nothing they should not."""
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,17 +11,22 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from fastapi import APIRouter
+import yaml
+from fastapi import APIRouter, FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Receive, Scope, Send
 
+from pipelines.runs import ForecastStore
 from serve.app import Output, create_app
 from serve.forecasts import Forecasts
 from serve.page import FILES, FOLDER
 from tests.serve.conftest import INIT, Client, Service, write
 
 ROOT = Path(__file__).parents[2]
+ALERTS = ROOT / "docs" / "alerts.yaml"
 GOOD = [
     "/",
     "/?f=json",
@@ -32,6 +38,11 @@ GOOD = [
     "/collections/nowcast",
     "/collections/nowcast/position?coords=POINT(8 47)",
     "/static/map.mjs",
+]
+
+
+OF_A_RUN = [
+    address for address in GOOD if address not in ("/", "/?f=json", "/conformance", "/static/map.mjs")
 ]
 
 
@@ -100,11 +111,43 @@ def test_health_tells_how_fresh_the_newest_run_is(own_service: Service) -> None:
         "init_time": "2019-06-10T00:30:00Z",
     }
     assert healthy.headers["cache-control"] == "no-store"
+    assert own_service.client.get("/readyz").json() == healthy.json()
     own_service.clock.now += timedelta(hours=1)
-    assert own_service.client.get("/healthz").json()["status"] == "stale"
+    stale, not_ready = own_service.client.get("/healthz"), own_service.client.get("/readyz")
+    assert stale.json()["status"] == not_ready.json()["status"] == "stale"
+    assert (stale.status_code, not_ready.status_code) == (200, 503)
 
 
-@pytest.mark.parametrize("address", [*GOOD, "/healthz", "/nowhere", "/forecast?lat=x", "/openapi.json"])
+@pytest.mark.parametrize("address", OF_A_RUN)
+def test_what_is_of_a_run_says_when_it_was_made_and_whether_that_is_long_ago(
+    own_service: Service, address: str
+) -> None:
+    """So does the 304 of each; and fresh and old never share a tag, so that no cache tells the one of the other."""
+    told = []
+    for now in (INIT + timedelta(minutes=12), INIT + timedelta(hours=2)):
+        own_service.clock.now = now
+        answer = own_service.client.get(address)
+        unchanged = own_service.client.get(address, {"if-none-match": answer.headers["etag"]})
+        assert (answer.status_code, unchanged.status_code) == (200, 304)
+        assert unchanged.headers["metnet-stale"] == answer.headers["metnet-stale"]
+        assert (
+            unchanged.headers["metnet-init-time"]
+            == answer.headers["metnet-init-time"]
+            == "2019-06-10T00:30:00Z"
+        )
+        told.append((answer.headers["metnet-stale"], answer.headers["etag"]))
+    assert [stale for stale, _ in told] == ["false", "true"]
+    assert told[0][1] != told[1][1]
+
+
+def test_what_is_of_no_run_does_not_tell_its_age(service: Service) -> None:
+    for address in set(GOOD) - set(OF_A_RUN):
+        assert "metnet-stale" not in service.client.get(address).headers
+
+
+@pytest.mark.parametrize(
+    "address", [*GOOD, "/healthz", "/readyz", "/nowhere", "/forecast?lat=x", "/openapi.json"]
+)
 def test_every_answer_carries_the_security_headers(service: Service, address: str) -> None:
     headers = service.client.get(address).headers
     assert headers["x-content-type-options"] == "nosniff"
@@ -174,6 +217,93 @@ def test_a_fault_of_ours_is_a_500_that_tells_no_secret(
     assert "secret in /home/someone" in caplog.text
 
 
+def metrics(app: FastAPI) -> dict[str, float]:
+    """Every sample as Prometheus reads it, by its name and labels."""
+    text = generate_latest(app.state.metrics).decode()
+    families = list(text_string_to_metric_families(text))
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        f"{name}{{{','.join(f'{key}={value}' for key, value in labels.items())}}}" if labels else name: value
+        for name, labels, value, *_ in samples
+    }
+
+
+def test_requests_are_counted_by_route_and_status_and_never_by_what_a_client_wrote(service: Service) -> None:
+    client = Client(create_app(service.forecasts))
+    for address in ("/runs", "/runs", "/forecast?lat=47&lon=8", "/forecast?lat=x", "/static/map.mjs"):
+        client.get(address)
+    for address in (
+        "/secret-1",
+        "/secret-2",
+        "/tiles/latest/rain/10/5/16/11.png",
+        "/static/secret",
+        "/x?a=1&a=2",
+    ):
+        client.get(address)
+    client.request("POST", "/runs")
+    counted = metrics(client.app)
+    answers = {key: value for key, value in counted.items() if key.startswith("metnet_http_requests_total")}
+    assert answers == {
+        f"metnet_http_requests_total{{route={route},status={status}}}": number
+        for route, status, number in (
+            ("/runs", 200, 2),
+            ("/forecast", 200, 1),
+            ("/forecast", 400, 1),
+            ("/static/{name:path}", 200, 1),
+            ("/static/{name:path}", 404, 1),
+            ("/tiles/{run}/{quantity}/{lead}/{z}/{x}/{y}.png", 404, 1),
+            ("none", 404, 2),
+            ("none", 400, 1),
+            ("none", 405, 1),
+        )
+    }
+    assert counted["metnet_http_request_duration_seconds_count{route=/runs}"] == 2
+    assert 0 < counted["metnet_http_request_duration_seconds_sum{route=/runs}"] < 60
+    assert not any("secret" in key for key in counted)
+    assert counted["metnet_http_requests_in_flight"] == 0
+
+
+def test_metrics_tell_how_fresh_the_newest_run_is(
+    own_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> tuple[float, float, float]:
+        now = metrics(own_service.client.app)
+        return (
+            now["metnet_newest_run_init_timestamp_seconds"],
+            now["metnet_stale"],
+            now["metnet_store_reachable"],
+        )
+
+    assert told() == (INIT.timestamp(), 0, 1)
+    own_service.clock.now += timedelta(hours=2)
+    assert told() == (INIT.timestamp(), 1, 1)
+    monkeypatch.setattr(ForecastStore, "refresh", lambda _: (_ for _ in ()).throw(OSError("unplugged")))
+    assert told() == (INIT.timestamp(), 1, 0)
+
+
+def test_metrics_of_an_empty_store_are_told(tmp_path: Path) -> None:
+    ForecastStore.open_or_create(str(tmp_path / "forecasts"))
+    now = metrics(create_app(Forecasts(str(tmp_path / "forecasts"))))
+    assert (now["metnet_newest_run_init_timestamp_seconds"], now["metnet_stale"]) == (0, 1)
+
+
+def test_the_alert_rules_name_only_metrics_and_labels_that_there_are(service: Service) -> None:
+    client = Client(create_app(service.forecasts))
+    client.get("/runs")
+    there = metrics(client.app)
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    assert len(rules) >= 4
+    for rule in rules:
+        named = re.findall(r"(metnet_\w+)(?:{(.*?)})?", rule["expr"])
+        assert named, rule["alert"]
+        for name, selector in named:
+            labels = [key for key in there if key == name or key.startswith(f"{name}{{")]
+            assert labels, name
+            for label in re.findall(r"(\w+)(?:=|!=|=~)\"", selector):
+                assert f"{label}=" in labels[0]
+        assert rule["annotations"]["summary"]
+
+
 def waiting(gate: asyncio.Event) -> Output:
     def routes(forecasts: Forecasts) -> APIRouter:
         router = APIRouter()
@@ -198,6 +328,13 @@ def test_beyond_its_limit_the_service_says_when_to_come_back(service: Service) -
             inside = [asyncio.create_task(client.get("/slow")) for _ in range(3)]
             await asyncio.sleep(0.05)
             refused, health = await client.get("/runs"), await client.get("/healthz")
+            assert (await client.get("/readyz")).status_code == 200
+            counted = metrics(app)
+            assert (
+                counted["metnet_http_requests_in_flight"]
+                == counted["metnet_http_requests_in_flight_limit"]
+                == 3
+            )
             gate.set()
             return refused, health, await asyncio.gather(*inside)
 
@@ -269,6 +406,7 @@ def test_the_description_of_the_interface_names_every_route(service: Service) ->
         "/collections/{collection}",
         "/collections/{collection}/position",
         "/healthz",
+        "/readyz",
     } == set(paths)
     assert all(set(methods) == {"get"} for methods in paths.values())
 

@@ -1,6 +1,7 @@
 """OGC EDR and CoverageJSON: valid, right, and unmoved by whatever a client writes."""
 
 from datetime import datetime, timedelta
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from serve.edr import parse_point, select_times
 from serve.problems import Problem
-from tests.serve.conftest import EUROPE, INIT, LEADS, Service
+from tests.serve.conftest import EUROPE, INIT, LEADS, Service, service_at
+from tests.serve.test_outline import GRIDS
 
 POSITION = "/collections/nowcast/position?coords=POINT(8.54 47.37)"
 
@@ -44,6 +46,24 @@ def test_the_collection_says_where_and_when_and_what(service: Service) -> None:
     assert alone.extent.temporal.interval == [[INIT + timedelta(minutes=10), INIT + timedelta(minutes=60)]]
     assert set(answer.json()["parameter_names"]) == set(service.forecasts.run().quantities)
     assert service.client.get("/collections/other").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["across 180", "across 180, projected", "round the north pole"])
+def test_the_extent_across_180_and_round_a_pole_is_told_as_the_standard_has_it(
+    tmp_path: Path, name: str
+) -> None:
+    """West above east where it crosses 180 degrees (RFC 7946, 5.2); either side of it is the domain's."""
+    grid, expected = GRIDS[name]
+    client = service_at(tmp_path / "forecasts", grid).client
+    answer = client.get("/collections/nowcast")
+    (bbox,) = Collection.model_validate_json(answer.content).extent.spatial.bbox
+    assert bbox == pytest.approx(expected, abs=1e-4)
+    for lon in (178.5, -178.5, 180, -180):
+        lat = 0 if "180" in name else 80
+        assert client.get(f"/collections/nowcast/position?coords=POINT({lon} {lat})").status_code == 200
+        assert client.get(f"/forecast?lon={lon}&lat={lat}").status_code == 200
+    told = client.get("/forecast?lon=20&lat=-40").json()["detail"]
+    assert f"{bbox[0]:.2f}..{bbox[2]:.2f} east{' (across 180)' if '180' in name else ''} and" in told
 
 
 def test_a_position_is_a_valid_coverage_with_the_numbers_of_the_store(service: Service) -> None:

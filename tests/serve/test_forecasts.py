@@ -127,6 +127,30 @@ def test_the_last_snapshot_is_served_while_the_store_cannot_be_read(
     assert own_service.client.get("/healthz").json()["status"] == "ok"
 
 
+def test_a_store_that_goes_away_before_it_was_looked_at_is_told_as_one_that_goes_later(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "forecasts")
+    client = Client(create_app(Forecasts(str(tmp_path / "forecasts"), poll=timedelta(0))))
+    (tmp_path / "forecasts").rename(tmp_path / "elsewhere")
+    for address in ("/healthz", "/readyz"):
+        answer = client.get(address)
+        assert (answer.status_code, answer.json()["status"]) == (503, "unreadable")
+    (tmp_path / "elsewhere").rename(tmp_path / "forecasts")
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_newest_run_that_cannot_be_read_leaves_the_last_snapshot_and_is_told(
+    own_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(own_service.path, INIT + timedelta(minutes=10))
+    with monkeypatch.context() as patch:
+        patch.setattr(ForecastStore, "header", lambda *_: (_ for _ in ()).throw(OSError("unplugged")))
+        assert own_service.forecasts.run().header.init_time == INIT
+        assert own_service.client.get("/healthz").status_code == 503
+    assert own_service.forecasts.run().header.init_time == INIT + timedelta(minutes=10)
+
+
 def test_no_answer_mixes_two_runs_while_runs_are_committed(own_service: Service) -> None:
     """Run k is 10 minutes later and has its own storms; a reader must never see k's name with another's rain."""
     expected = {f"{INIT:%Y%m%dT%H%M%SZ}": own_service.written.mean[3, 40]}
@@ -198,6 +222,7 @@ def test_an_empty_store_is_served_and_says_that_it_is_empty(tmp_path: Path) -> N
     ForecastStore.open_or_create(str(tmp_path / "forecasts"))
     client = Client(create_app(Forecasts(str(tmp_path / "forecasts"), poll=timedelta(0))))
     assert client.get("/healthz").json()["status"] == "empty"
+    assert (client.get("/healthz").status_code, client.get("/readyz").status_code) == (200, 503)
     assert client.get("/runs").json()["runs"] == []
     assert client.get("/forecast?lat=48&lon=9").status_code == 404
     write(tmp_path / "forecasts")

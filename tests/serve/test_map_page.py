@@ -1,18 +1,35 @@
 """The map page in a real browser (headless Chromium)."""
 
+import io
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from pipelines.repository import Repository
+from pipelines.runs import ForecastStore, RunHeader
 from serve.app import create_app
-from tests.serve.conftest import INIT, Service, write
+from tests.serve.conftest import (
+    EUROPE,
+    INIT,
+    LEADS,
+    QUANTILES,
+    THRESHOLDS,
+    Service,
+    block,
+    service_at,
+    write,
+)
+from tests.serve.test_outline import GRIDS
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 SOFTWARE_GL = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
@@ -37,15 +54,23 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def address(own_service: Service) -> Iterator[str]:
     """The service on a real port."""
-    config = uvicorn.Config(create_app(own_service.forecasts), port=0, log_level="error", ws="none")
+    with listening(own_service) as address:
+        yield address
+
+
+@contextmanager
+def listening(service: Service) -> Iterator[str]:
+    config = uvicorn.Config(create_app(service.forecasts), port=0, log_level="error", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class Watched:
@@ -114,6 +139,81 @@ def test_the_slider_moves_the_tiles_change_and_nothing_complains(
     expect(page.locator("#notice")).to_be_hidden()
     assert watched.complaints == []
     page.context.close()
+
+
+def test_a_domain_across_180_degrees_is_drawn_and_answers_on_both_sides(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with listening(service_at(tmp_path / "forecasts", GRIDS["across 180"][0])) as address:
+        watched = open_page(browser, address, 1280, 800)
+        page = watched.page
+        page.wait_for_timeout(2000)
+        asked = [tile.split("/")[-3:-1] for tile in watched.tiles]
+        assert {int(x) in (0, 2 ** int(z) - 1) for z, x in asked} == {True}
+        assert {x == "0" for _, x in asked} == {True, False}
+
+        before = seen(page)
+        page.locator("#lead").fill("3")
+        page.wait_for_timeout(1000)
+        moved = (before != seen(page)).any(
+            axis=(0, 2)
+        )  # by column of the picture; 180 degrees is in its middle
+        assert moved[400:620].any()
+        assert moved[660:880].any()
+
+        for x, side in ((500, "E"), (800, "W")):
+            page.mouse.click(x, 300)
+            expect(page.locator("#point h2")).to_contain_text(f"° {side}")
+            expect(page.locator("#point svg.chart")).to_have_count(2)
+            page.keyboard.press("Escape")
+        assert watched.complaints == []
+        page.context.close()
+
+
+def test_a_domain_round_a_pole_has_its_outline_from_side_to_side(browser: Browser, tmp_path: Path) -> None:
+    with listening(service_at(tmp_path / "forecasts", GRIDS["round the north pole"][0])) as address:
+        watched = open_page(browser, address, 1280, 800)
+        page = watched.page
+        page.wait_for_timeout(2000)
+        picture = seen(page)
+        dark = (picture[340:430] < 70).all(axis=2).any(axis=0)  # the rim's ink, where it lies
+        for left in range(0, 1280, 160):
+            assert dark[left : left + 160].sum() > 20
+        assert picture[412, 560].tolist() == [0xC9, 0xD1, 0xD6], (
+            "water west of Ireland: no coast leaps over it"
+        )
+        assert watched.complaints == []
+        page.context.close()
+
+
+def test_a_run_made_anew_under_its_name_is_drawn_anew(browser: Browser, tmp_path: Path) -> None:
+    path = str(tmp_path / "forecasts")
+    empty = ForecastStore.open_or_create(path).snapshot
+    with listening(service_at(tmp_path / "forecasts")) as address:
+        context = browser.new_context(viewport={"width": 1000, "height": 700}, timezone_id="Europe/Zurich")
+        watched = Watched(context.new_page())
+        watched.page.clock.install()
+        watched.open(address)
+        watched.page.wait_for_timeout(1000)
+        before, asked = seen(watched.page), len(watched.tiles)
+
+        Repository.open(path).rollback(empty)
+        header = RunHeader(INIT, EUROPE, LEADS, THRESHOLDS, QUANTILES, {"created": "later"})
+        ForecastStore.open(path).write_run(header, [block(EUROPE, seed=1)])
+        for _ in range(30):
+            watched.page.clock.fast_forward(25_000)
+            watched.page.wait_for_timeout(500)
+            if len(watched.tiles) > asked:
+                break
+        watched.page.wait_for_timeout(1000)
+        assert (seen(watched.page)[200:500, 400:600] != before[200:500, 400:600]).any()
+        assert watched.complaints == []
+        context.close()
+
+
+def seen(page: Page) -> np.ndarray:
+    """The page's pixels: row, column, colour."""
+    return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
 
 
 def test_a_click_shows_the_forecast_of_that_place(browser: Browser, address: str) -> None:

@@ -14,9 +14,11 @@ from pyproj import Transformer
 
 from pipelines.grid import Grid
 from pipelines.palette import RAIN_COLOURS, RAIN_LEVELS
+from pipelines.repository import Repository
+from pipelines.runs import ForecastStore
 from serve.palette import BELOW, MISSING, PROBABILITY, RATE
 from serve.tiles import tile_cells
-from tests.serve.conftest import EUROPE, LEADS, Service, service_at
+from tests.serve.conftest import EUROPE, LEADS, Service, service_at, write
 
 HALF_WORLD = math.pi * 6378137  # metres, EPSG:3857
 
@@ -122,8 +124,20 @@ def test_the_run_s_name_and_latest_give_the_same_bytes(service: Service) -> None
     named = service.client.get("/tiles/20190610T003000Z/rainfall_rate_mean/10/5/16/11.png")
     assert named.content == latest.content
     assert named.headers["etag"] == latest.headers["etag"]
-    assert "max-age" in named.headers["cache-control"]
-    assert latest.headers["cache-control"] == "no-cache"
+    assert named.headers["cache-control"] == latest.headers["cache-control"] == "no-cache"
+
+
+def test_a_run_that_is_taken_back_and_made_anew_is_seen_by_who_has_its_tiles(tmp_path: Path) -> None:
+    before = ForecastStore.open_or_create(str(tmp_path / "forecasts")).snapshot
+    service = service_at(tmp_path / "forecasts")
+    tile = "/tiles/20190610T003000Z/rainfall_rate_mean/10/5/16/11.png"
+    held = service.client.get(tile)
+    Repository.open(str(service.path)).rollback(before)
+    write(service.path, seed=1)
+    asked = service.client.get(tile, {"if-none-match": held.headers["etag"]})
+    assert held.headers["cache-control"] == "no-cache", "the client asks again each time"
+    assert asked.status_code == 200
+    assert asked.content != held.content
 
 
 @pytest.mark.parametrize(
