@@ -26,8 +26,8 @@ from pipelines.past import RADAR_ALONE
 from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
-from pipelines.run_facts import CALIBRATED, INPUT_AGE, RunFacts
-from pipelines.runs import ForecastStore, RunBlock, RunHeader
+from pipelines.run_facts import CALIBRATED, RunFacts
+from pipelines.runs import INPUT_AGE, ForecastStore, RunBlock, RunHeader
 from pipelines.trained import Published, TrainedModel, trained, with_motion
 from pipelines.version import version
 from pipelines.words import plural

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from pipelines.runs import RunHeader
+from pipelines.runs import INPUT_AGE, RunHeader
 
 CALIBRATED = "calibrated"  # "true" or "false"
 CALIBRATION = "calibration"  # by threshold (mm/h): offset and slope of the logit at each lead time
-INPUT_AGE = "input_age_minutes"  # of the newest frame that went in
 Line = tuple[float, float]
 
 

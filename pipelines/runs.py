@@ -28,6 +28,7 @@ from pipelines.repository import Repository, create_array, store_array
 
 RUN_NAME = "%Y%m%dT%H%M%SZ"
 CONTENT = "forecast runs"
+INPUT_AGE = "input_age_minutes"  # the attribute that tells how old the newest frame was at the init time
 OWN_ATTRIBUTES = ("Conventions", "title", "history")
 LARGE = 1500 * 1500  # cells; beyond, a run is computed and stored one lead time after the other
 CHUNK_BYTES = 16 * 2**20  # of all lead times and thresholds of the cells of one chunk
@@ -74,6 +75,11 @@ class RunHeader:
     def name(self) -> str:
         """The name of the run's group."""
         return self.init_time.strftime(RUN_NAME)
+
+    @property
+    def observed_until(self) -> datetime:
+        """The valid time (UTC) of the newest frame in it: before the init time where the source was late."""
+        return self.init_time - timedelta(minutes=float(self.attributes.get(INPUT_AGE, "0")))
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ def cached(
     headers = {"ETag": etag, "Cache-Control": REVALIDATE}
     if run is not None:
         headers |= {"Metnet-Init-Time": iso(run.header.init_time), "Metnet-Stale": str(run.stale).lower()}
+        headers["Metnet-Degraded"] = str(run.degraded).lower()
     if _matches(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
     return Response(make(), media_type=media_type, headers=headers)

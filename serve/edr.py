@@ -87,8 +87,7 @@ def routes(forecasts: Forecasts) -> APIRouter:
         def make() -> object:
             series = {name: values[times] for name, values in run.series(cell).items()}
             chosen = [run.valid_times[index] for index in times]
-            stamp = {"run": run.name, "init_time": iso(run.header.init_time), "stale": run.stale}
-            return point_series(cell, chosen, quantities, series) | {"metnet": stamp}
+            return point_series(cell, chosen, quantities, series) | {"metnet": run.stamp}
 
         seed = ("position", cell, times, [quantity.name for quantity in quantities])
         return cached_json(request, seed, make, COVERAGE_JSON, run)

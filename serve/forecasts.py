@@ -57,7 +57,7 @@ class Run:
 
     name: str
     snapshot: str
-    stale: bool  # made longer ago than the server's limit
+    stale: bool  # its newest observation is older than the server's limit
     header: RunHeader
     view: "_View" = field(repr=False)
 
@@ -65,6 +65,22 @@ class Run:
     def dataset(self) -> xr.Dataset:
         """The run's arrays, read when they are used."""
         return self.view.dataset(self.name)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether past frames were missing when it was made."""
+        return self.header.attributes.get("degraded") == "true"
+
+    @property
+    def stamp(self) -> dict[str, str | bool]:
+        """What every answer of it tells: which run, and what it rests on."""
+        return {
+            "run": self.name,
+            "init_time": iso(self.header.init_time),
+            "observed_until": iso(self.header.observed_until),
+            "stale": self.stale,
+            "degraded": self.degraded,
+        }
 
     @cached_property
     def quantities(self) -> Mapping[str, Quantity]:
@@ -160,8 +176,8 @@ class Forecasts:
     ) -> None:
         """Opens the store.
 
-        A run is stale when its init time is longer ago than `stale_after`; the store is asked for a newer
-        snapshot at most once in each `poll`.
+        A run is stale when the newest observation in it is longer ago than `stale_after`; the store is asked
+        for a newer snapshot at most once in each `poll`.
 
         Raises:
             ValueError: if there is no forecast store at `path`.
@@ -202,7 +218,7 @@ class Forecasts:
 
     def _run(self, view: "_View", name: str) -> Run:
         header = view.header(name)
-        stale = self._clock() - header.init_time > self._stale_after
+        stale = self._clock() - header.observed_until > self._stale_after
         return Run(name, view.snapshot, stale, header, view)
 
     def _current(self) -> "_View":

@@ -4,7 +4,7 @@ import json
 
 from fastapi import APIRouter, Response
 
-from serve.forecasts import Forecasts, iso
+from serve.forecasts import Forecasts
 
 ANSWERS: dict[int | str, dict[str, object]] = {200: {"content": {"application/json": {}}}}
 
@@ -30,7 +30,7 @@ def _told(forecasts: Forecasts, fine: tuple[str, ...]) -> Response:
     snapshot, runs = forecasts.newest(1)
     fresh = "empty" if not runs else "stale" if runs[0].stale else "ok"
     status = fresh if forecasts.reachable else "unreadable"
-    newest = {"run": runs[0].name, "init_time": iso(runs[0].header.init_time)} if runs else {}
+    newest = runs[0].stamp if runs else {}
     return Response(
         json.dumps({"status": status, "snapshot": snapshot, **newest}),
         status_code=200 if status in fine else 503,

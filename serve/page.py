@@ -122,9 +122,8 @@ LANDING = {
 
 def _listed(run: Run) -> dict[str, object]:
     return {
+        **run.stamp,
         "name": run.name,
-        "init_time": iso(run.header.init_time),
-        "stale": run.stale,
         "leads": [
             {"lead_time": f"{lead:g}", "valid_time": iso(time)}
             for lead, time in zip(run.header.lead_times, run.valid_times, strict=True)

@@ -50,10 +50,8 @@ def routes(forecasts: Forecasts) -> APIRouter:
 def _described(run: Run, cell: Cell, lat: float, lon: float) -> dict[str, object]:
     series = run.series(cell)
     return {
-        "run": run.name,
+        **run.stamp,
         "snapshot": run.snapshot,
-        "init_time": iso(run.header.init_time),
-        "stale": run.stale,
         "place": {"lat": lat, "lon": lon},
         "cell": {"lat": cell.lat, "lon": cell.lon, "row": cell.row, "column": cell.column},
         "units": {"lead_time": "min", "threshold": "mm/h", "rate": "mm/h", "probability": "1"},

@@ -134,8 +134,11 @@ function fillSlider() {
 }
 
 function tellAge() {
-  const { stale, init_time: time } = state.run;
-  if (stale && state.run.name === state.runs[0].name) say(`Old data: the newest forecast was made ${age(time)}.`);
+  const { stale, degraded, observed_until: time, made_by: made } = state.run;
+  const missing = () => made.inputs_missing.split(" ").map((each) => text(each, CLOCK)).join(", ");
+  if (stale && state.run.name === state.runs[0].name) say(`Old data: what the newest forecast knows was observed ${age(time)}.`);
+  else if (degraded) say(`This forecast was made without the radar frames of ${missing()}.`);
+  else say("");
 }
 
 function say(text) {

@@ -56,11 +56,16 @@ def block(grid: Grid, seed: int = 0) -> RunBlock:
     )
 
 
-def write(path: Path, init_time: datetime = INIT, grid: Grid = EUROPE, seed: int = 0) -> RunBlock:
+def write(
+    path: Path,
+    init_time: datetime = INIT,
+    grid: Grid = EUROPE,
+    seed: int = 0,
+    facts: Mapping[str, str] | None = None,
+) -> RunBlock:
     """Writes a run to the store at `path`, made if need be, and gives what was written."""
-    header = RunHeader(
-        init_time, grid, LEADS, THRESHOLDS, QUANTILES, {"model": "a test", "input_cube": "/home/me/cube"}
-    )
+    attributes = {"model": "a test", "input_cube": "/home/me/cube", **(facts or {})}
+    header = RunHeader(init_time, grid, LEADS, THRESHOLDS, QUANTILES, attributes)
     written = block(grid, seed)
     ForecastStore.open_or_create(str(path)).write_run(header, [written])
     return written

@@ -109,6 +109,9 @@ def test_health_tells_how_fresh_the_newest_run_is(own_service: Service) -> None:
         "snapshot": own_service.forecasts.run().snapshot,
         "run": "20190610T003000Z",
         "init_time": "2019-06-10T00:30:00Z",
+        "observed_until": "2019-06-10T00:30:00Z",
+        "stale": False,
+        "degraded": False,
     }
     assert healthy.headers["cache-control"] == "no-store"
     assert own_service.client.get("/readyz").json() == healthy.json()
@@ -138,6 +141,36 @@ def test_what_is_of_a_run_says_when_it_was_made_and_whether_that_is_long_ago(
         told.append((answer.headers["metnet-stale"], answer.headers["etag"]))
     assert [stale for stale, _ in told] == ["false", "true"]
     assert told[0][1] != told[1][1]
+
+
+LATE = {
+    "input_age_minutes": "20",
+    "degraded": "true",
+    "inputs_missing": "2019-06-10T01:20:00Z 2019-06-10T01:30:00Z",
+}
+
+
+def test_a_run_of_a_late_source_is_as_old_as_its_newest_frame_and_degraded(own_service: Service) -> None:
+    write(own_service.path, INIT + timedelta(hours=1), facts=LATE)
+    for minutes, stale in ((99, False), (101, True)):  # after the first run: 59 and 61 after 01:10
+        own_service.clock.now = INIT + timedelta(minutes=minutes)
+        point = own_service.client.get("/forecast?lat=47&lon=8")
+        position = own_service.client.get("/collections/nowcast/position?coords=POINT(8 47)")
+        [listed, before] = own_service.client.get("/runs").json()["runs"]
+        for told in (
+            point.json(),
+            position.json()["metnet"],
+            listed,
+            own_service.client.get("/healthz").json(),
+        ):
+            assert (told["init_time"], told["observed_until"]) == (
+                "2019-06-10T01:30:00Z",
+                "2019-06-10T01:10:00Z",
+            )
+            assert (told["stale"], told["degraded"]) == (stale, True)
+        assert point.headers["metnet-degraded"] == position.headers["metnet-degraded"] == "true"
+        assert own_service.client.get("/readyz").status_code == (503 if stale else 200)
+        assert not before["degraded"] and listed["made_by"]["inputs_missing"] == LATE["inputs_missing"]
 
 
 def test_what_is_of_no_run_does_not_tell_its_age(service: Service) -> None:

@@ -243,6 +243,20 @@ def test_a_browser_without_webgl_is_told_where_the_numbers_are(browser: Browser,
     page.close()
 
 
+def test_a_forecast_made_without_some_frames_says_so(
+    browser: Browser, address: str, own_service: Service
+) -> None:
+    missing = "2019-06-10T00:35:00Z 2019-06-10T00:40:00Z"
+    write(
+        own_service.path, INIT + timedelta(minutes=10), facts={"degraded": "true", "inputs_missing": missing}
+    )
+    watched = open_page(browser, address, 1000, 700)
+    expect(watched.page.locator("#notice")).to_contain_text("made without the radar frames of")
+    watched.page.locator("#run").select_option(index=1)
+    expect(watched.page.locator("#notice")).to_be_hidden()
+    watched.page.context.close()
+
+
 def test_playing_goes_round_and_old_data_is_told(
     browser: Browser, address: str, own_service: Service
 ) -> None:
