@@ -42,7 +42,15 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "formats",
                 "feeds",
             ),
-            ("formats.hdf5", "frame", "coordinates", "pictures", "formats.georeference", "feeds.web"),
+            (
+                "formats.hdf5",
+                "formats.codecs",
+                "frame",
+                "coordinates",
+                "pictures",
+                "formats.georeference",
+                "feeds.web",
+            ),
             ("formats.arrays", "observations", "sources.source", "quality"),
             (
                 "formats.axes",

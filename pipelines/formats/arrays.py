@@ -1,7 +1,8 @@
 """`Arrays`: the named arrays of a NetCDF file or a Zarr store from outside, with dimensions and attributes.
 
 NetCDF-4 is read by h5py, NetCDF-3 by scipy, and Zarr (v2 and v3) by zarr, which sees only bytes that were
-read here: it follows no link and decodes by no codec but those below, one of which would unpickle.
+read here: it follows no link, takes apart no shard, and decodes by none but harmless codecs. Those that
+compress are undone here (`codecs`), since they may make any size out of a few bytes.
 Whoever writes arrays in chunks leaves out those that were never filled. They read as some fill value,
 often 0, and so are told apart here (`absent`).
 """
@@ -12,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -26,27 +28,21 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from scipy.io import netcdf_file
-from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
 from pipelines.formats import hdf5
+from pipelines.formats.codecs import ALLOWED_CODECS, NO_CHUNK, Layout, Unpacked, codec_names, cut, layout_of
 
 Attributes = Mapping[str, Any]
-Region = tuple[slice, ...]
+Number = tuple[int, ...]  # of a chunk, along each dimension
 
 LARGEST_NETCDF4 = 2**38  # bytes; only the chunks of one field are read at a time
 LARGEST_NETCDF3 = 2**31  # bytes; read whole
 LARGEST_METADATA = 2**24  # bytes
 LARGEST_CHUNK = 2**29  # bytes, stored or unpacked
 LARGEST_READ = 2**30  # bytes unpacked at one time
-MOST_CHUNKS = 100_000  # of one read
 
 SAFE_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")  # what an array in a store may be called
-CODECS = (  # none of them runs what it reads
-    "bytes transpose sharding_indexed crc32c gzip zstd blosc zlib bz2 lzma lz4 crc32 adler32 fletcher32 "
-    "shuffle delta fixedscaleoffset quantize bitround packbits astype vlen-utf8"
-)
-ALLOWED_CODECS = frozenset(re.split(" ", CODECS))
 BARE_DIMENSION = "This is a netCDF dimension but not a netCDF variable"
 DEFAULT_FILLS = {  # what NetCDF fills with where an array does not say (netcdf.h); bytes have none
     "i2": -32767,
@@ -65,7 +61,7 @@ class Read:
     """What an array holds at some place."""
 
     values: NDArray[Any]  # as stored: neither scaled nor masked
-    absent: list[Region]  # of the values: never written, and so made up by the library
+    absent: list[hdf5.Region]  # of the values: never written, and so made up by the library
     sha256: str  # of where they came from: see `opened`
 
 
@@ -155,14 +151,14 @@ def _check_size(shape: tuple[int, ...], itemsize: int, what: str, largest: int) 
 
 def _chunks(
     shape: tuple[int, ...], chunk: tuple[int, ...], index: tuple[int | None, ...]
-) -> Iterator[tuple[tuple[int, ...], Region]]:
+) -> Iterator[tuple[Number, hdf5.Region]]:
     """The chunks (by number) that hold an index of some dimensions (None: all of one), and where they go."""
     numbers = [
         range(-(-size // step)) if at is None else range(at // step, at // step + 1)
         for size, step, at in zip(shape, chunk, index, strict=True)
     ]
-    if math.prod(map(len, numbers)) > MOST_CHUNKS:
-        raise ValueError(f"one field lies in more than {MOST_CHUNKS} chunks, which is not read")
+    if math.prod(map(len, numbers)) > hdf5.MOST_CHUNKS:
+        raise ValueError(f"one field lies in more than {hdf5.MOST_CHUNKS} chunks, which is not read")
     for number in itertools.product(*numbers):
         yield (
             number,
@@ -248,19 +244,11 @@ class _Hdf5Array:
         dtype = self.dataset.dtype
         if dtype.kind not in "iufbSU" and h5py.check_string_dtype(dtype) is None:
             raise ValueError(f"{self.dataset.name} has the type {dtype}: expected numbers")
+        if self.dataset.shape is None:
+            raise ValueError(f"{self.dataset.name} holds nothing")
         _check_size(_size(self.shape, index), dtype.itemsize, str(self.dataset.name), LARGEST_READ)
-        values = self.dataset[_picked(index)] if self.shape else self.dataset[()]
-        return Read(np.asarray(values), list(self._absent(index)), self.file_sha256)
-
-    def _absent(self, index: tuple[int | None, ...]) -> Iterator[Region]:
-        if self.dataset.chunks is None:
-            if self.dataset.id.get_storage_size() == 0 and self.dataset.size:
-                yield tuple(slice(None) for at in index if at is None)
-            return
-        for number, region in _chunks(self.shape, self.dataset.chunks, index):
-            corner = tuple(part * step for part, step in zip(number, self.dataset.chunks, strict=True))
-            if self.dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
-                yield region
+        values, absent = hdf5.part(self.dataset, _picked(index))
+        return Read(values, absent, self.file_sha256)
 
 
 def _is_bare_dimension(node: h5py.Dataset) -> bool:
@@ -400,12 +388,12 @@ class _ZarrArray:
 
     def read(self, fixed: Mapping[str, int]) -> Read:
         index = _index(self.dimensions, fixed)
-        head, stored, absent = self._stored(index)
-        store = MemoryStore(
-            {key: cpu.Buffer.from_bytes(value) for key, value in {**head, **stored}.items()}, read_only=True
-        )
+        self._check()
+        regions = dict(_chunks(self.shape, self._layout.chunk, index))
+        stored = self._stored(index)
         try:
-            array = zarr.open_array(store, mode="r", zarr_format=3 if self.is_v3 else 2)
+            held = self._held(stored, index)
+            array = zarr.open_array(self._store(held), mode="r", zarr_format=3 if self.is_v3 else 2)
             _check_size(self._chunk, array.dtype.itemsize, "a chunk", LARGEST_CHUNK)
             _check_size(_size(array.shape, index), array.dtype.itemsize, "a field", LARGEST_READ)
             values = np.asarray(array[_picked(index)] if array.shape else array[()])
@@ -413,7 +401,9 @@ class _ZarrArray:
             raise
         except Exception as error:  # whatever a codec trips over
             raise ValueError(f"{self.place.name}: a damaged Zarr array ({error})") from error
-        return Read(values, absent, self._sha256(stored))
+        absent = [region for number, region in regions.items() if number not in held]
+        files = {self._chunk_key(number): content for number, content in stored.items()}
+        return Read(values, absent, self._sha256(files))
 
     def _sha256(self, stored: Mapping[str, bytes]) -> str:
         """Of the metadata but for the shape, which grows with every field appended, and of the chunks."""
@@ -423,27 +413,60 @@ class _ZarrArray:
             digest.update(f"\n{key} {len(value)}\n".encode() + value)
         return digest.hexdigest()
 
-    def _stored(
-        self, index: tuple[int | None, ...]
-    ) -> tuple[dict[str, bytes], dict[str, bytes], list[Region]]:
-        """The bytes of the metadata and of the chunks, by their keys, and the regions of those not there."""
-        self._check()
-        stored, absent = {}, []
+    def _stored(self, index: tuple[int | None, ...]) -> dict[Number, bytes]:
+        """The files of the chunks or shards that hold an index, but for those that are not there."""
+        stored: dict[Number, bytes] = {}
         total = 0
-        for number, region in _chunks(self.shape, self._chunk, index):
-            key = self._chunk_key(number)
-            read = _bytes(self.root, self._key(key), LARGEST_CHUNK)
+        for number, _ in _chunks(self.shape, self._chunk, index):
+            read = _bytes(self.root, self._key(self._chunk_key(number)), LARGEST_CHUNK)
             if read is None:
-                absent.append(region)
                 continue
             total += len(read)
             if total > LARGEST_READ:
                 raise ValueError(f"{self.place.name}: one field lies in more than {LARGEST_READ} bytes")
-            stored[key] = read
-        head = {self.file: json.dumps(self.metadata).encode()}
-        if not self.is_v3:
-            head[".zattrs"] = json.dumps(self.attributes).encode()
-        return head, stored, absent
+            stored[number] = read
+        return stored
+
+    def _held(self, stored: Mapping[Number, bytes], index: tuple[int | None, ...]) -> Mapping[Number, bytes]:
+        """The chunks that hold an index, taken out of their shards, but for those that are not there."""
+        outer = self._chunk
+        for shard in self._layout.shards:
+            parts = tuple(size // step for size, step in zip(outer, shard.chunk, strict=True))
+            places = {number: shard.places(content, parts) for number, content in stored.items()}
+            found = {}
+            for number, _ in _chunks(self.shape, shard.chunk, index):
+                whole = tuple(at // count for at, count in zip(number, parts, strict=True))
+                inside = tuple(at % count for at, count in zip(number, parts, strict=True))
+                place = tuple(places[whole][inside].tolist()) if whole in places else NO_CHUNK
+                if place != NO_CHUNK:
+                    found[number] = cut(stored[whole], *place)
+            stored, outer = found, shard.chunk
+        return stored
+
+    def _store(self, held: Mapping[Number, bytes]) -> MemoryStore:
+        """What zarr reads: the array without shards and compression, its chunks unpacked when read."""
+        layout = self._layout
+        told: dict[str, Any]
+        if self.is_v3:
+            grid = {"name": "regular", "configuration": {"chunk_shape": layout.chunk}}
+            told = {"codecs": layout.kept, "chunk_grid": grid, "chunk_key_encoding": {"name": "default"}}
+            head = {self.file: json.dumps({**self.metadata, **told}).encode()}
+            names = {"/".join(["c", *map(str, number)]): content for number, content in held.items()}
+        else:
+            head = {".zattrs": json.dumps(self.attributes).encode()}
+            told = {"filters": layout.kept[:-1] or None, "compressor": layout.kept[-1]}
+            head[self.file] = json.dumps({**self.metadata, **told, "dimension_separator": "."}).encode()
+            names = {".".join(map(str, number)) or "0": content for number, content in held.items()}
+        return MemoryStore(Unpacked(head, names, layout), read_only=True)  # type: ignore[arg-type]
+
+    @cached_property
+    def _layout(self) -> Layout:
+        try:
+            return layout_of(self.metadata, self._chunk, self.place.name)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{self.place.name}: its metadata do not say how it is packed ({error!r}); a damaged store"
+            ) from error
 
     def _key(self, name: str) -> str:
         return (self.place.relative_to(self.root) / name).as_posix()
@@ -476,7 +499,7 @@ class _ZarrArray:
         if len(self._chunk) != len(self.shape) or min((*self._chunk, 1)) < 1 or min((*self.shape, 0)) < 0:
             raise ValueError(f"{self.place.name}: chunks of {self._chunk} in an array of {self.shape}")
         _check_size(self._chunk, 1, f"{self.place.name}: a chunk", LARGEST_CHUNK)
-        used = set(_codec_names(self.metadata))
+        used = set(codec_names(self.metadata))
         if used - ALLOWED_CODECS:
             raise ValueError(
                 f"{self.place.name}: is packed by {', '.join(sorted(used - ALLOWED_CODECS))}, which is not "
@@ -492,18 +515,6 @@ def _unwrapped(fill: str) -> object:
         return float(struct.unpack("<d", base64.b64decode(fill, validate=True))[0])
     except (ValueError, struct.error):
         return fill
-
-
-def _codec_names(metadata: Mapping[str, Any]) -> Iterator[str]:
-    """The codecs of an array, those inside shards included, by the names of numcodecs."""
-    named = [metadata.get("compressor"), *(metadata.get("filters") or ()), *(metadata.get("codecs") or ())]
-    for codec in filter(None, named):
-        name = str(codec.get("id") or codec.get("name")) if isinstance(codec, dict) else str(codec)
-        yield name.removeprefix("numcodecs.")
-        configured = codec.get("configuration") if isinstance(codec, dict) else None
-        if name == "sharding_indexed" and configured:
-            yield from _codec_names(configured)
-            yield from _codec_names({"codecs": configured.get("index_codecs")})
 
 
 def _json(root: Path, key: str) -> dict[str, Any] | None:
@@ -533,7 +544,7 @@ def _bytes(root: Path, key: str, largest: int) -> bytes | None:
             raise ValueError(f"{key} is a link; refused, since it may lead to any file here")
     try:
         with path.open("rb") as file:
-            read = file.read(largest + 1)
+            read = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     if len(read) > largest:

@@ -106,7 +106,7 @@ def _seconds(found: h5py.File, name: str) -> int:
     units = hdf5.attribute(found[name], "units")
     if units != TIME_UNITS or found[name].shape != () or found[name].dtype.kind != "i":
         raise ValueError(f"{name} is counted in {units!r}, expected one whole number of {TIME_UNITS!r}")
-    seconds = int(found[name][()])
+    seconds = int(hdf5.values(found[name], ()))
     if not 0 <= seconds < 2**32:
         raise ValueError(f"{name}={seconds} s after 1970 is no time of a radar")
     return seconds
@@ -130,13 +130,14 @@ def _centres(found: h5py.File, axis: str) -> NDArray[np.float64]:
         raise ValueError(f"{axis} is in {units!r}, expected one of {', '.join(METRES)}")
     if found[axis].ndim != 1 or not 2 <= found[axis].size <= 10_000:
         raise ValueError(f"{axis} has shape {found[axis].shape}: expected a line of cells")
-    given = np.asarray(found[axis][:], np.float64) * METRES[str(units)]
+    given = hdf5.values(found[axis], found[axis].shape, np.float64) * METRES[str(units)]
     bounds = f"{axis}_bounds"
     if bounds not in found:
         return np.asarray(given + (given[-1] - given[0]) / (given.size - 1) / 2)
     if found[bounds].shape != (given.size, 2):
         raise ValueError(f"{bounds} has shape {found[bounds].shape}, expected {(given.size, 2)}")
-    return np.asarray(found[bounds][:], np.float64).mean(axis=1) * METRES[str(units)]
+    edges: NDArray[np.float64] = hdf5.values(found[bounds], (given.size, 2), np.float64)
+    return edges.mean(axis=1) * METRES[str(units)]
 
 
 def _rate(found: h5py.File, shape: tuple[int, int], count: float) -> NDArray[np.float32]:

@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import product
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -35,7 +34,7 @@ from pipelines.cf import (
     REFLECTANCE,
     Variable,
 )
-from pipelines.formats.hdf5 import attribute, opened
+from pipelines.formats import hdf5
 from pipelines.frame import ALWAYS, Frame, parse_time
 from pipelines.grid import Grid
 from pipelines.sources.source import RemoteFile, named_files, stamp, within
@@ -233,11 +232,11 @@ class Lightning:
     def field(self, file: h5py.File, scan: Scan) -> Field:
         """The flash extent density; its fill value is 0 and says "no flash", not "not observed"."""
         counts = _dataset(file, "flash_extent_density")
-        units = str(attribute(counts, "units"))
+        units = str(hdf5.attribute(counts, "units"))
         match = PER_MINUTES.fullmatch(units)
         if match is None or timedelta(minutes=float(match[1])) != scan.end - scan.start:
             raise ValueError(f"counts in {units!r}, but of the time from {scan.start} to {scan.end}")
-        if (attribute(counts, "_FillValue"), attribute(counts, "add_offset")) != (0, 0.0):
+        if (hdf5.attribute(counts, "_FillValue"), hdf5.attribute(counts, "add_offset")) != (0, 0.0):
             raise ValueError("_FillValue or add_offset is not 0: then the fill value does not mean no flash")
         table = _unpacked(counts)
         table[0] = 0.0
@@ -297,7 +296,7 @@ class Goes:
         """
         path = Path(file.url)
         try:
-            with opened(path, LARGEST) as content:
+            with hdf5.opened(path, LARGEST) as content:
                 return self._frame(content, path)
         except ValueError as error:
             raise ValueError(f"{path.name}: {error}") from error
@@ -332,7 +331,7 @@ class Goes:
 
     def _scan(self, content: h5py.File, name: str) -> Scan:
         """The scan in an open file, of which its contents and its name must tell the same."""
-        stated = str(attribute(content, "dataset_name"))
+        stated = str(hdf5.attribute(content, "dataset_name"))
         scan = Scan.of(stated)
         if scan is None or not self._wants(scan):
             raise ValueError(
@@ -341,7 +340,9 @@ class Goes:
             )
         if Scan.of(name) not in (None, scan):
             raise ValueError(f"holds {stated}: another scan than its name says")
-        covered = [parse_time(str(attribute(content, f"time_coverage_{end}"))) for end in ("start", "end")]
+        covered = [
+            parse_time(str(hdf5.attribute(content, f"time_coverage_{end}"))) for end in ("start", "end")
+        ]
         if covered != [scan.start, scan.end]:
             raise ValueError(
                 f"covers {covered[0]} to {covered[1]}, but is called {stated}; a damaged file, fetch it again"
@@ -395,7 +396,7 @@ def _check_band(file: h5py.File, suffix: str, channel: int | None) -> None:
 
 
 def _check_units(counts: h5py.Dataset, expected: str) -> None:
-    units = attribute(counts, "units")
+    units = hdf5.attribute(counts, "units")
     if units != expected:
         raise ValueError(f"{counts.name} is in {units}, expected {expected}")
 
@@ -404,7 +405,7 @@ def _scalar(file: h5py.File, name: str) -> float:
     number = _dataset(file, name)
     if number.size != 1 or number.dtype.kind not in "iuf":
         raise ValueError(f"{name} is not one number")
-    return float(np.asarray(number[()]).item())
+    return float(hdf5.values(number, number.shape, np.float64).item())
 
 
 def _constant(file: h5py.File, name: str) -> float:
@@ -436,18 +437,18 @@ def _unpacked(counts: h5py.Dataset) -> Table:
         raise ValueError(f"{counts.name} has scale_factor={scale:g}: expected more than 0")
     table: Table = np.asarray(codes if unsigned else codes.view(np.int16), np.float64) * scale + offset
     if unsigned and "valid_range" in counts.attrs:
-        low, high = np.asarray(attribute(counts, "valid_range")).astype(np.uint16)
+        low, high = np.asarray(hdf5.attribute(counts, "valid_range")).astype(np.uint16)
         table[(codes < low) | (codes > high)] = np.nan
     table[int(_float(counts, "_FillValue")) & 0xFFFF] = np.nan
     return table
 
 
 def _text(node: h5py.HLObject, name: str) -> str | None:
-    return str(attribute(node, name)) if name in node.attrs else None
+    return str(hdf5.attribute(node, name)) if name in node.attrs else None
 
 
 def _float(node: h5py.Dataset, name: str) -> float:
-    value = attribute(node, name)
+    value = hdf5.attribute(node, name)
     if not isinstance(value, int | float) or not np.isfinite(value):
         raise ValueError(f"{node.name} has {name}={value!r}: expected a number")
     return float(value)
@@ -460,30 +461,19 @@ def _values(field: Field, quality: Sequence[int], shape: tuple[int, int]) -> NDA
         raise ValueError(f"fields of {counts.shape} and flags of {flags.shape} on a grid of {shape}")
     if flags.dtype.itemsize != 1:
         raise ValueError(f"flags of type {flags.dtype}: expected 8 bits")
-    if _unwritten(counts) != _unwritten(flags):
-        raise ValueError("parts of its field or flags are lost; a damaged file, fetch it again")
     table = field.table.astype(np.float32)
     left_out = np.ones(256, bool)
     left_out[list(quality)] = False
     values = np.empty(shape, np.float32)
     for rows in _blocks(counts):
-        part = table[counts[rows].view(np.uint16)]
-        part[left_out[flags[rows].view(np.uint8)]] = np.nan
+        codes, unwritten = hdf5.part(counts, (rows, slice(None)))
+        marks, unmarked = hdf5.part(flags, (rows, slice(None)))
+        if unwritten != unmarked:  # a chunk of empty space may lack in both; a damaged index loses one
+            raise ValueError("parts of its field or flags are lost; a damaged file, fetch it again")
+        part = table[codes.view(np.uint16)]
+        part[left_out[marks.view(np.uint8)]] = np.nan
         values[rows] = part
     return values
-
-
-def _unwritten(dataset: h5py.Dataset) -> set[tuple[int, ...]]:
-    """First cells of the chunks that are not in the file, as those of empty space may be.
-
-    Such a chunk reads as the fill value without an error, and a damaged index loses written ones.
-    """
-    if dataset.chunks is None:
-        return set()
-    starts = [range(0, size, chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
-    unwritten = set(product(*starts))
-    dataset.id.chunk_iter(lambda chunk: unwritten.discard(chunk.chunk_offset))
-    return unwritten
 
 
 def _blocks(counts: h5py.Dataset) -> Iterator[slice]:
@@ -539,11 +529,11 @@ def _longitude(file: h5py.File) -> float:
     """Degrees east of the middle of the projection, once the rest of it is the registered one."""
     projection = file["goes_imager_projection"]
     for name, expected in PROJECTION.items():
-        got = attribute(projection, name)
+        got = hdf5.attribute(projection, name)
         if got != expected:
             raise ValueError(f"goes_imager_projection has {name}={got!r}, expected {expected!r}")
-    longitude = attribute(projection, "longitude_of_projection_origin")
-    slot = str(attribute(file, "orbital_slot"))
+    longitude = hdf5.attribute(projection, "longitude_of_projection_origin")
+    slot = str(hdf5.attribute(file, "orbital_slot"))
     if not isinstance(longitude, float) or SLOTS.get(slot) != longitude:
         raise ValueError(f"projected from {longitude!r} degrees east as {slot}; expected one of {SLOTS}")
     return longitude
@@ -557,9 +547,9 @@ def _axis(axis: h5py.Dataset) -> tuple[int, int, int]:
     """
     if not isinstance(axis, h5py.Dataset) or axis.ndim != 1 or axis.dtype.kind not in "iu":
         raise ValueError("an axis of the grid is not a line of counts")
-    if not 2 <= axis.size <= 4 * max(SIZES["F"]) or attribute(axis, "units") != "rad":
+    if not 2 <= axis.size <= 4 * max(SIZES["F"]) or hdf5.attribute(axis, "units") != "rad":
         raise ValueError(f"{axis.name} has {axis.size} cells: not an axis of the fixed grid in radians")
-    counts = axis[:].astype(np.int64)
+    counts = hdf5.values(axis, axis.shape).astype(np.int64)
     scale, offset = _float(axis, "scale_factor"), _float(axis, "add_offset")
     step = round(scale * 1e6)
     if (np.diff(counts) != 1).any() or step == 0 or abs(scale * 1e6 - step) > 1e-3:

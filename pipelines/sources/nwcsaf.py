@@ -270,7 +270,8 @@ def _grid(found: h5py.File) -> Grid:
             raise ValueError(f"{name} has shape {found[name].shape}: expected a line of cells")
         if hdf5.attribute(found[name], "units") != "m":
             raise ValueError(f"{name} is in {hdf5.attribute(found[name], 'units')!r}, expected 'm'")
-    return _placed(hdf5.attribute(found, "gdal_projection"), found["nx"][:], found["ny"][:])
+    x, y = (hdf5.values(found[name], found[name].shape, np.float64) for name in ("nx", "ny"))
+    return _placed(hdf5.attribute(found, "gdal_projection"), x, y)
 
 
 def _grid_of_cut_out(found: h5py.File) -> Grid:

@@ -4,6 +4,7 @@ import bz2
 import io
 import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -131,6 +132,16 @@ def hdf5_bomb(content: bytes, dataset: str) -> bytes:
     return held.getvalue()
 
 
+def chunk_bomb(content: bytes, dataset: str) -> bytes:
+    """The same file, of whose field a chunk inflates to 3 GiB, of which HDF5 would read the first as dry."""
+    held = io.BytesIO(content)
+    with h5py.File(held, "r+") as file:
+        field = file[dataset].id
+        packed = b"\x78\x9c" + deflated(b"", 192) + bytes(4)
+        field.write_direct_chunk(field.get_chunk_info(0).chunk_offset, packed)
+    return held.getvalue()
+
+
 Content = Callable[[bytes], bytes]
 BOMBS: dict[str, tuple[str, Content]] = {  # by what is made: the source whose file it is made of
     "zipped picture": ("fmi", lambda content: gzip_bomb(b"P5\n1 1\n255\n")),
@@ -145,7 +156,15 @@ BOMBS: dict[str, tuple[str, Content]] = {  # by what is made: the source whose f
     "hdf5": ("knmi", lambda content: hdf5_bomb(content, "image1/image_data")),
     "odim": ("opera_odyssey", lambda content: hdf5_bomb(content, "dataset1/data1/data")),
     "netcdf": ("bom_c10", lambda content: hdf5_bomb(content, "precipitation")),
+    "chunk": ("bom_c10", lambda content: chunk_bomb(content, "precipitation")),
+    "chunk of many fields": ("openrainer", lambda content: chunk_bomb(content, "rainfall_amount")),
+    "chunk of an image": ("goes", lambda content: chunk_bomb(content, "CMI")),
+    "chunk of flags": ("goes", lambda content: chunk_bomb(content, "DQF")),
+    "zarr": ("seviri", lambda content: bz2_bomb()),
 }
+UNSAMPLED = {"goes": "goes/abi/OR_ABI-L2-CMIPM1-M3C01_G16_s20171931811268_e20171931811326_c20171931811382.nc"}
+SERIES = ("openrainer", "seviri")  # of files with many fields, of which the first is read
+CHUNK = "data/0.0.0.0"  # of a store, the file that is made a bomb
 
 # Reads each of the files in a process of its own; says why it was refused, in how long and with how much memory.
 MEASURE = """
@@ -154,12 +173,13 @@ from pathlib import Path
 from benchmarks.damage import source_of
 from pipelines.sources.source import RemoteFile
 
-for config, path in json.loads(sys.argv[1]):
+for config, path, is_series in json.loads(sys.argv[1]):
     source = source_of(config, Path(path).parent)
+    file = next(source.files(None, None)) if is_series else RemoteFile(path, None)
     if os.fork() == 0:
         before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
-            source.read(RemoteFile(path, None))
+            source.read(file)
             said = None
         except (ValueError, OSError) as error:
             said = str(error)
@@ -172,8 +192,10 @@ for config, path in json.loads(sys.argv[1]):
 
 def original(data: Path, config: str) -> Path:
     """The real file that a sample is of; of a folder, the first that its source names."""
-    path = data / next(sample.path for sample in SAMPLES if sample.config == config)
-    if path.is_file():
+    path = data / next(
+        (sample.path for sample in SAMPLES if sample.config == config), UNSAMPLED.get(config, "")
+    )
+    if path.is_file() or path.suffix == ".zarr":
         return path
     return next(path.glob("N38W028*")) if config == "srtm" else next(path.glob("rainfall_NW*"))
 
@@ -185,8 +207,14 @@ def test_bombs_are_refused_before_they_cost(data, tmp_path):
         real = original(data, config)
         path = tmp_path / str(number) / real.name
         path.parent.mkdir()
-        path.write_bytes(make(real.read_bytes()))
-        files.append((config, str(path)))
+        if real.is_dir():
+            shutil.copytree(real, path, copy_function=shutil.copyfile)
+            path.chmod(0o755)
+            chunk = path / CHUNK
+            chunk.write_bytes(make(chunk.read_bytes()))
+        else:
+            path.write_bytes(make(real.read_bytes()))
+        files.append((config, str(path), config in SERIES))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(files)], cwd=ROOT, stdout=subprocess.PIPE, check=True
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import netCDF4
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -259,7 +260,8 @@ def test_a_chunk_in_anothers_place_is_refused(tmp_path):
         (zlib.compress(bytes(8)), 0, None),
         (zlib.compress(bytes(9)), 0, "expected 8"),
         (zlib.compress(bytes(7)), 0, "expected 8"),
-        (zlib.compress(bytes(50 * 2**20), 9), 0, "expected 8"),
+        (zlib.compress(bytes(2**17), 9), 0, "expected 8"),
+        (zlib.compress(bytes(50 * 2**20), 9), 0, "a chunk of more than 1033 bytes: a bomb"),
         (zlib.compress(bytes(8))[:-1], 0, "expected 8"),
         (zlib.compress(bytes(8))[:-4] + bytes(4), 0, "damaged chunk"),
         (zlib.compress(bytes(8)) + bytes(1), 0, "expected 8"),
@@ -269,6 +271,7 @@ def test_a_chunk_in_anothers_place_is_refused(tmp_path):
         "as it should be",
         "longer",
         "shorter",
+        "a small bomb",
         "a bomb",
         "cut",
         "wrong checksum",
@@ -300,7 +303,9 @@ def test_declared_sizes_and_kinds_are_refused_before_memory_is_spent(tmp_path):
             hdf5.values(file["wide"], (10**5, 10**5))
         with pytest.raises(ValueError, match="expected plain numbers"):
             hdf5.values(file["text"], (1,))
-        with pytest.raises(ValueError, match=r"filters \[6\]: expected shuffle and deflate"):
+        with pytest.raises(
+            ValueError, match=r"filter 6 \(scaleoffset\): expected shuffle, deflate .*h5repack"
+        ):
             hdf5.values(file["scaled"], (2, 2))
 
     huge = stored(
@@ -311,3 +316,142 @@ def test_declared_sizes_and_kinds_are_refused_before_memory_is_spent(tmp_path):
     )
     with pytest.raises(ValueError, match="/data has chunks of 900000000 bytes"), hdf5.opened(huge, LARGEST):
         pass
+
+
+FILTERS = [
+    {},
+    {"compression": "gzip"},
+    {"compression": "gzip", "shuffle": True},
+    {"compression": "gzip", "shuffle": True, "fletcher32": True},
+    {"shuffle": True, "fletcher32": True},
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(), filters=st.sampled_from(FILTERS), kind=st.sampled_from(["u1", ">i2", "<f4", "S3", "?"])
+)
+def test_a_part_is_what_the_library_gives_and_what_was_never_written_is_told(
+    data, filters, kind, tmp_path_factory
+):
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    chunks = tuple(data.draw(st.integers(1, size)) for size in shape)
+    corners = [range(0, size, step) for size, step in zip(shape, chunks, strict=True)]
+    picked = tuple(
+        data.draw(st.integers(0, size - 1) | st.builds(slice, st.integers(0, size - 1), st.just(size)))
+        for size in shape
+    )
+    field = np.random.default_rng(0).integers(1, 99, shape).astype(kind)
+    written = np.zeros(shape, bool)
+
+    def write(file: h5py.File) -> None:
+        dataset = file.create_dataset("data", shape, kind, chunks=chunks, **filters)
+        for corner in np.ndindex(*map(len, corners)):
+            place = tuple(
+                slice(part * step, (part + 1) * step) for part, step in zip(corner, chunks, strict=True)
+            )
+            if data.draw(st.booleans()):
+                dataset[place] = field[place]
+                written[place] = True
+
+    with hdf5.opened(stored(tmp_path_factory.mktemp("part"), write), LARGEST) as file:
+        values, absent = hdf5.part(file["data"], picked)
+        assert np.array_equal(values, file["data"][picked])
+        assert values.dtype.kind == file["data"].dtype.kind
+    told = np.ones(values.shape, bool)
+    for region in absent:
+        told[region] = False
+    assert np.array_equal(told, written[picked])
+
+
+@pytest.mark.parametrize("kind", ["<u2", "S2", h5py.enum_dtype({"dry": 0, "wet": 1}, "i2")])
+@pytest.mark.parametrize("size", [0, 4, 7, 9, 16, 2**15])
+def test_a_part_out_of_a_chunk_of_another_size_is_refused(kind, size, tmp_path):
+    def write(file: h5py.File) -> None:
+        dataset = file.create_dataset("data", (2, 2, 2), kind, chunks=(1, 2, 2), compression="gzip")
+        for place in range(2):
+            dataset.id.write_direct_chunk((place, 0, 0), zlib.compress(bytes(size if place else 8)))
+
+    with hdf5.opened(stored(tmp_path, write), LARGEST) as file:
+        assert hdf5.part(file["data"], (0, slice(None), slice(None)))[0].shape == (2, 2)
+        with pytest.raises(ValueError, match=r"/data has a damaged chunk .* expected 8"):
+            hdf5.part(file["data"], (1, slice(None), slice(None)))
+
+
+def test_a_flipped_bit_is_refused_where_there_is_a_checksum(tmp_path):
+    path = tmp_path / "sum.nc"
+    with netCDF4.Dataset(path, "w") as file:
+        file.createDimension("x", 1000)
+        packing = {"zlib": True, "shuffle": True, "fletcher32": True}
+        file.createVariable("zipped", "f4", ("x",), **packing)[:] = np.arange(1000)
+        file.createVariable("plain", "f4", ("x",), fletcher32=True)[:] = np.arange(1000)
+    with h5py.File(path) as file:
+        chunks = [file[name].id.get_chunk_info(0) for name in ("zipped", "plain")]
+    content = path.read_bytes()
+    with hdf5.opened(path, LARGEST) as file:
+        for name in ("zipped", "plain"):
+            assert np.array_equal(hdf5.values(file[name], (1000,)), np.arange(1000))
+    for name, chunk in zip(("zipped", "plain"), chunks, strict=True):
+        for place in range(chunk.byte_offset, chunk.byte_offset + chunk.size, chunk.size // 20):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 2]) + content[place + 1 :])
+            with hdf5.opened(path, LARGEST) as file, pytest.raises(ValueError, match="a damaged chunk"):
+                hdf5.values(file[name], (1000,))
+
+
+def test_filters_that_set_no_bound_are_refused_with_their_name_and_what_to_do(tmp_path):
+    def write(file: h5py.File) -> None:
+        for name, filters in (
+            ("lzf", {"compression": "lzf"}),
+            ("szip", {"compression": "szip"}),
+            ("scaleoffset", {"scaleoffset": 0}),
+        ):
+            if name != "szip" or h5py.h5z.filter_avail(h5py.h5z.FILTER_SZIP):
+                file.create_dataset(name, data=np.zeros((8, 8), "i4"), chunks=(8, 8), **filters)
+
+    with hdf5.opened(stored(tmp_path, write), LARGEST) as file:
+        assert {"lzf", "scaleoffset"} <= set(file)
+        for name in file:
+            with pytest.raises(ValueError, match=rf"filter \d+ \({name}.*h5repack -f SHUF -f GZIP=4 OLD NEW"):
+                hdf5.part(file[name], (slice(None), slice(None)))
+
+
+def test_texts_and_truths_are_those_of_the_library(tmp_path):
+    labels = np.array([f"Größe {number}" for number in range(12)], object).reshape(3, 4)
+    told: dict[str, dict] = {
+        "one": {"data": "text", "dtype": h5py.string_dtype()},
+        "any": {"data": labels, "dtype": h5py.string_dtype()},
+        "zipped": {"data": labels, "dtype": h5py.string_dtype(), "chunks": (2, 2), "compression": "gzip"},
+        "fixed": {"data": np.array([b"ab", b"c"])},
+        "truths": {"data": np.array([True, False])},
+        "never": {"shape": (4,), "dtype": h5py.string_dtype(), "chunks": (2,), "compression": "gzip"},
+    }
+
+    def write(file: h5py.File) -> None:
+        for name, how in told.items():
+            file.create_dataset(name, **how)
+        file.create_dataset("shuffled", shuffle=True, **told["zipped"])
+
+    with hdf5.opened(stored(tmp_path, write), LARGEST) as file:
+        for name, dataset in file.items():
+            values, absent = hdf5.part(dataset, tuple(slice(None) for _ in dataset.shape))
+            assert np.array_equal(values, np.asarray(dataset[()]))
+            assert absent == ([(slice(0, 2),), (slice(2, 4),)] if name == "never" else [])
+        assert hdf5.part(file["any"], (1, slice(2, 4)))[0].tolist() == [
+            "Größe 6".encode(),
+            "Größe 7".encode(),
+        ]
+
+
+def test_one_text_that_stands_for_many_is_counted_each_time(tmp_path):
+    def write(file: h5py.File) -> None:
+        dataset = file.create_dataset("data", (100,), h5py.string_dtype(), chunks=(10,), compression="gzip")
+        dataset[:10] = ["x" * 2**20] + ["y"] * 9
+        _, packed = dataset.id.read_direct_chunk((0,))
+        long = zlib.decompress(packed)[:16]
+        for first in range(0, 100, 10):
+            dataset.id.write_direct_chunk((first,), zlib.compress(10 * long))
+
+    with hdf5.opened(stored(tmp_path, write), 2**22) as file:
+        assert len(hdf5.part(file["data"], (slice(0, 16),))[0]) == 16
+        with pytest.raises(ValueError, match="/data holds more than 16777216 bytes of text"):
+            hdf5.part(file["data"], (slice(None),))

@@ -1,6 +1,7 @@
 """GOES-R files: real ones read as netCDF4 reads them, and written ones of the kinds that are not at hand."""
 
 import shutil
+import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -511,6 +512,28 @@ def test_a_lost_part_of_a_field_is_refused_and_never_read_as_the_fill_value(scen
         field.attrs.update({key: value for key, value in attributes.items() if key != "DIMENSION_LIST"})
         field[:, :250] = counts[:, :250].astype(np.uint16).view(np.int16)
     with pytest.raises(ValueError, match="parts of its field or flags are lost"):
+        read(path, Goes(Imagery(13)))
+
+
+@pytest.mark.parametrize("node", ["CMI", "DQF", "x"])
+@pytest.mark.parametrize("count", [16, 400, 2**17, 2**24])
+def test_a_chunk_of_another_size_is_refused_and_never_filled_with_what_lies_in_memory(
+    node, count, infrared, tmp_path
+):
+    path = tmp_path / infrared.name
+    shutil.copy(infrared, path)
+    with h5py.File(path, "r+") as file:
+        links = ("DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME")
+        kept = {key: value for key, value in file[node].attrs.items() if key not in links}
+        values = file[node][()]
+        chunks = tuple(-(-size // 2) for size in values.shape)
+        del file[node]
+        field = file.create_dataset(node, data=values, chunks=chunks, compression="gzip", shuffle=True)
+        field.attrs.update(kept)
+    read(path, Goes(Imagery(13)))
+    with h5py.File(path, "r+") as file:
+        file[node].id.write_direct_chunk(file[node].chunks, zlib.compress(bytes(count)))
+    with pytest.raises(ValueError, match=f"{path.name}: /{node} has a (damaged )?chunk"):
         read(path, Goes(Imagery(13)))
 
 
