@@ -94,8 +94,9 @@ class Decoder:
 
     def _read(self, file: RemoteFile) -> Frame:
         """The frame that the source reads in the file, and in no other bytes than those that are there."""
-        taken = self._taken(_absolute(file.url))
-        place = self._place() if self._reads_beside else None
+        path = _absolute(file.url)
+        taken = self._taken(path.resolve() if path == self._place() else path)
+        place = _followed(self._place()) if self._reads_beside else None
         given = RemoteFile(str(taken.given), file.valid_time)
         try:
             frame = self._running().frame(given, [taken.readable, *([place] if place else [])])
@@ -122,7 +123,7 @@ class Decoder:
         if hasattr(self.source, "places"):
             found = self._files_by_place(start, end, place)
         else:
-            found = self._running().files(start, end, place)
+            found = self._running().files(start, end, _followed(place))
         for file in found:
             if place is not None and not _absolute(file.url).is_relative_to(place):
                 raise Refusal(Code.INVALID, f"{file.url}: listed, but not within source.path={place}")
@@ -136,9 +137,10 @@ class Decoder:
         Such a one is not opened again to tell why.
         """
         found: list[RemoteFile] = []
-        for place in self._running().places(folder):
+        opened = _followed(folder)
+        for place in self._running().places(opened):
             try:
-                found += self._running().files(start, end, folder, place)
+                found += self._running().files(start, end, opened, place)
             except Refusal as refusal:
                 self._given_up[str(place)] = refusal
                 found.append(RemoteFile(str(place), None))
@@ -156,7 +158,9 @@ class Decoder:
     def _place(self) -> Path | None:
         """The source's folder, store or only file; None if it has none, or not on this machine."""
         path = getattr(self.source, "path", None)
-        return _absolute(path) if path is not None and Path(path).exists() else None
+        if path is None or not os.path.exists(path):  # noqa: PTH110 - False too where it may not be looked at
+            return None
+        return _absolute(path)
 
     @property
     def _reads_beside(self) -> bool:
@@ -170,7 +174,7 @@ class Decoder:
             Refusal: if its name is unsafe, or it is no plain file, too large, or not what its provider
                 published.
         """
-        if not SAFE_NAME.fullmatch(path.name) and path != self._place():
+        if not SAFE_NAME.fullmatch(path.name) and path != _followed(self._place()):
             raise Refusal(Code.UNSAFE_NAME, f"{path.name!r}: an unsafe name; expected {SAFE_NAME.pattern}")
         try:
             state = _state(path)
@@ -332,6 +336,11 @@ def _copied(path: Path, size: int, copy: Path) -> str:
 
 def _absolute(path: str) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - the name as it is: links are not followed
+
+
+def _followed(place: Path | None) -> Path | None:
+    """What the user's own path leads to, who may have made a link of it; none is followed below it."""
+    return None if place is None else place.resolve()
 
 
 @lru_cache(maxsize=1)

@@ -9,8 +9,8 @@ import pickle
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
@@ -29,9 +29,10 @@ from pipelines.grid import Grid
 from pipelines.progress import track
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
-from pipelines.sources.source import NamedSource, RemoteFile, Source, unsafe_names
+from pipelines.sources.source import NamedSource, RemoteFile, Source, Unread, first_of, unread
 from pipelines.spread import spread
 from pipelines.static import write_static
+from pipelines.words import plural
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +53,17 @@ class Ingested:
     restated: int  # there before from another file, and replaced by it
     damaged: int  # files, or frames of files, each with its reason in `quarantine`
     misfits: int  # sound files of another grid, quantity or time than the cube's, and so there too
+    unlisted: int  # folders in the source's folder that could not be looked into, and so there too
     passed_over: int  # files in the source's folder whose names are not safe to use
+    links: int  # in the source's folder; none is followed
     quarantine: str
     first: datetime | None  # of the frames that are in the cube now; None: there are none
     last: datetime | None
 
     @property
     def quarantined(self) -> int:
-        """Files that are written down in `quarantine`."""
-        return self.damaged + self.misfits
+        """Files and folders that are written down in `quarantine`."""
+        return self.damaged + self.misfits + self.unlisted
 
     def __str__(self) -> str:
         """What a person wants to know of it."""
@@ -72,11 +75,17 @@ class Ingested:
         if self.restated:
             counts.append(f"{self.restated} restated")
         if self.quarantined:
-            kinds = ((self.damaged, "damaged"), (self.misfits, "sound but not of this cube"))
+            kinds = (
+                (self.damaged, "damaged"),
+                (self.misfits, "sound but not of this cube"),
+                (self.unlisted, f"folder{'s' if self.unlisted > 1 else ''} that cannot be listed"),
+            )
             told = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
             counts.append(f"{told}, see {self.quarantine}")
         if self.passed_over:
             counts.append(f"{self.passed_over} passed over for their names")
+        if self.links:
+            counts.append(f"{plural(self.links, 'link')} not followed")
         period = ""
         if self.first is not None and self.last is not None and self.group != STATIC:
             period = f"frames from {_shown(self.first)} to {_shown(self.last)}, "
@@ -135,8 +144,9 @@ def ingest(
         restate: also read files of valid times that are there from other files, and replace those.
         workers: processes that decode and regrid; 0: this one alone.
         scheduler: address of a Dask scheduler whose workers do so instead; see `pipelines.spread`.
-        follow: go on with the files that appear, until SIGINT or SIGTERM, or until those valid at `end` are
-            in: when a file of then or later has come, at the latest two hours after.
+        follow: go on with the files that appear, until SIGINT or SIGTERM, or until those up to `end` are in:
+            when a file valid then or later has come, and none of then or before is still being written; or,
+            from two hours after `end` on, when 20 looks in a row have found nothing new.
         every: seconds between two looks for new files, on average.
         max_rate: bytes/s of what is fetched from a URL; None: as fast as it comes.
         cache: folder for what is fetched; None: a temporary one.
@@ -154,7 +164,8 @@ def ingest(
     place = Placing(_window(window), grid)
     first, last = parse_interval(start, end)
     signals: list[int] = []  # that stopped a feed
-    passed_over = _passed_over(source)
+    left = Unread() if _is_remote(source) else unread(source)
+    _tell_of_files(source, left)
     with _ending_in_order(), Decoder(source) as decoder, spread(workers, scheduler) as workforce:
         work = (
             partial(_prepared, decoder, place)
@@ -163,18 +174,24 @@ def ingest(
         )
         read = partial(workforce.map, work)
         if not follow and not _is_remote(source):
-            intake = Intake(cube, group, batch, restate, read)
-            intake.take(_files(decoder, first, last))
+            if left.folders:
+                log.warning("%s", first_of(list(left.folders.values())))
+            intake = Intake(cube, group, batch, restate, place, read)
+            files = _files(decoder, first, last)
+            intake.leave_out(left.folders)
+            intake.take(files)
         else:
             offered: dict[str, NewFile] = {}  # by URL
             since = first or _since(source, cube, group)
             with _feed(source, since, max_rate, cache, signals) as feed:
-                intake = Intake(cube, group, batch, restate, partial(_fetched, feed, offered, read))
-                for files in feed.follow(every, last, log.warning) if follow else _once(feed):
-                    wanted = [file for file in files if last is None or file.valid_time <= last]
+                intake = Intake(cube, group, batch, restate, place, partial(_fetched, feed, offered, read))
+                for listed in feed.follow(every, last, log.warning) if follow else _once(feed):
+                    wanted = [file for file in listed if last is None or file.valid_time <= last]
                     offered |= {file.url: file for file in wanted}
+                    intake.leave_out(feed.unlisted)
                     _take_new(intake, wanted)
                     offered.clear()
+                intake.leave_out(feed.unlisted)
     if not intake.began:
         reasons = intake.quarantine.reasons
         if signals and not reasons:
@@ -185,23 +202,30 @@ def ingest(
             f"{cube}: nothing could be read ({len(reasons)} refused); the reasons are in "
             f"{intake.quarantine.path}, the first: {reasons[0]}"
         )
-    return intake.result(passed_over)
+    return intake.result(left)
 
 
-def _passed_over(source: Source) -> int:
-    """How many files in a source's folder are not read because of their names, which it tells.
+def _tell_of_files(source: Source, left: Unread) -> None:
+    """Says which files in a source's folder are not read, and what to do.
 
     It is the source that passes them over, in a process that can tell nothing but what it found.
     """
-    names = [] if _is_remote(source) else unsafe_names(getattr(source, "path", None))
-    if names:
+    folder = getattr(source, "path", None)
+    if left.names:
         log.warning(
             "%s: %d files passed over for their names, such as %r; expected letters, digits and ._@+,=:-",
-            getattr(source, "path", None),
-            len(names),
-            names[0],
+            folder,
+            len(left.names),
+            left.names[0],
         )
-    return len(names)
+    if left.links:
+        log.warning(
+            "%s: %s not followed, such as %s; copy or hard-link what is to be read, "
+            "or give the folder that they lead to as source.path",
+            folder,
+            plural(len(left.links), "link"),
+            ", ".join(map(repr, left.links[:3])),
+        )
 
 
 def _take_new(intake: "Intake", files: list[NewFile]) -> None:
@@ -348,17 +372,20 @@ class Intake:
         group: str | None,
         batch: int,
         restate: bool,
+        place: "Placing",
         read: Callable[[Iterable[RemoteFile]], Iterator[Read]],
     ):
         """Nothing is read or made before the first files come."""
         self.cube, self.batch, self.restate = cube, batch, restate
         self.group = group
         self.quarantine = Quarantine(cube)
+        self._place = place
         self._read = read
         self._first: Frame | None = None
         self._cube: Cube | None = None  # None for fields without a time
         self.counts = {"new": 0, "already_there": 0, "conflicting": 0, "restated": 0}
         self._misfits = 0
+        self._left_out: set[str] = set()  # folders
         self._span: tuple[datetime, datetime] | None = None  # of the frames that are there
 
     @property
@@ -385,17 +412,25 @@ class Intake:
             self._count(self._write(part))
             self._saw(frame.valid_time for frame in part)
 
-    def result(self, passed_over: int = 0) -> Ingested:
-        """All that was done; how many files were passed over is not known here."""
+    def leave_out(self, folders: Mapping[str, str]) -> None:
+        """Writes down folders that cannot be listed, with the reason of each, once."""
+        for folder in [folder for folder in folders if folder not in self._left_out]:
+            self._left_out.add(folder)
+            self.quarantine.add(Refused(RemoteFile(folder, None), Code.UNREADABLE, folders[folder]))
+
+    def result(self, left: Unread) -> Ingested:
+        """All that was done; what was left unread in the source's folder is not known here."""
         first, last = self._span or (None, None)
         return Ingested(
             cube=self.cube,
             group=str(self.group),
             snapshot=Repository.open(self.cube).snapshot,
             **self.counts,
-            damaged=len(self.quarantine.reasons) - self._misfits,
+            damaged=len(self.quarantine.reasons) - self._misfits - len(self._left_out),
             misfits=self._misfits,
-            passed_over=passed_over,
+            unlisted=len(self._left_out),
+            passed_over=len(left.names),
+            links=len(left.links),
             quarantine=str(self.quarantine.path),
             first=first,
             last=last,
@@ -436,20 +471,34 @@ class Intake:
         """
         self.group = self.group or frame.group
         if frame.cadence is not None:
-            self._cube = Cube.open_or_create(
-                self.cube,
-                frame.grid,
-                frame.variable,
-                frame.valid_time,
-                frame.cadence,
-                self.group,
-                frame.scale_factor,
-            )
+            try:
+                with _writing(self.cube):
+                    self._cube = Cube.open_or_create(
+                        self.cube,
+                        frame.grid,
+                        frame.variable,
+                        frame.valid_time,
+                        frame.cadence,
+                        self.group,
+                        frame.scale_factor,
+                    )
+            except ValueError as error:
+                raise ValueError(f"{error}{self._other_window(frame.grid)}") from error
             checked = self._checked(file, frame)
             if isinstance(checked, Refused):
                 return checked
         self._first = frame
         return None
+
+    def _other_window(self, grid: Grid) -> str:
+        """Which window would put frames, which are on `grid`, on that of the cube, if there is one."""
+        with suppress(ValueError):  # there is no cube
+            there = next((Cube.open(self.cube, name).grid for name in _groups(self.cube)), grid)
+            fitting = self._place.window_onto(there, grid)
+            if there != grid and fitting is not None:
+                window = ",".join(map(str, fitting))
+                return f", or give window=[{window}], which is the cube's part of the files' grid"
+        return ""
 
     def _fresh(self, files: list[RemoteFile]) -> list[RemoteFile]:
         """Those of the files that the group does not have yet; to restate, also those that differ.
@@ -501,9 +550,10 @@ class Intake:
         return frame
 
     def _write(self, frames: list[Frame]) -> list[Written]:
-        if self._cube is None:
-            return [write_static(self.cube, frame, self.restate) for frame in frames]
-        return [self._cube.write(frames, restate=self.restate)]
+        with _writing(self.cube):
+            if self._cube is None:
+                return [write_static(self.cube, frame, self.restate) for frame in frames]
+            return [self._cube.write(frames, restate=self.restate)]
 
     def _count(self, written: list[Written]) -> None:
         for part in written:
@@ -511,6 +561,18 @@ class Intake:
             self.counts["already_there"] += part.unchanged
             self.counts["conflicting"] += part.conflicting
             self.counts["restated"] += part.restated
+
+
+@contextmanager
+def _writing(cube: str) -> Iterator[None]:
+    """Says what to do where this user may not write."""
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionError(
+            f"{cube}: no frame can be written there ({error}); give this user the right to, "
+            "or choose another place by cube="
+        ) from error
 
 
 class Quarantine:
@@ -612,6 +674,20 @@ class Placing:
         """The frame in the window and then on the grid, judged."""
         part = frame if self.window is None else frame.window(*self.window)
         return judged(part if self.grid is None else regrid(part, self.grid))
+
+    def window_onto(self, wanted: Grid, got: Grid) -> list[int] | None:
+        """The window by which frames that are put on `got` would be put on `wanted`; None: there is none."""
+        if self.grid is not None:
+            return None
+        y0 = round((wanted.y_first - got.y_first) / got.y_step)
+        x0 = round((wanted.x_first - got.x_first) / got.x_step)
+        try:
+            if got.window(y0, x0, *wanted.shape) != wanted:
+                return None
+        except ValueError:
+            return None  # it reaches outside
+        top, left = (0, 0) if self.window is None else self.window[:2]
+        return [top + y0, left + x0, *wanted.shape]
 
 
 def _window(window: list[int] | None) -> tuple[int, int, int, int] | None:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from pipelines.feeds.places import Entry, Place, place_at
 from pipelines.feeds.web import Clock, DeniedError, Manners, SystemClock, UnreachableError, Web
-from pipelines.sources.source import NamedSource, RemoteFile
+from pipelines.sources.source import NamedSource, RemoteFile, first_of
 
 MOST = 1000  # files handed out at a time, so that a long past comes in parts
 PROBED = 1000  # names that are looked at to learn when a folder begins
 AHEAD = timedelta(hours=1)  # a name may be that far in the future: clocks differ
 ROUNDS = 5  # times that a file which does not arrive whole is handed out
+LOOKS = 20  # in a row without a new file, after which none is waited for that should long be there
 LONGEST_PAUSE = 300.0  # s between listings while the place does not answer
 
 
@@ -132,6 +133,14 @@ class Feed:
         """Whether the last listing handed out all that there was, and all of it has arrived or never will."""
         return not self.behind and not self._again
 
+    @property
+    def unlisted(self) -> dict[str, str]:
+        """The folders that the last listing could not look into, and why."""
+        return {
+            f"{self.place.root}{prefix}".rstrip("/"): reason
+            for prefix, reason in sorted(self.place.unlisted().items())
+        }
+
     def comes_again(self, file: NewFile) -> bool:
         """Whether the next listing hands a file out once more, because it did not arrive."""
         return file.url in self._again
@@ -171,11 +180,14 @@ class Feed:
     ) -> Iterator[list[NewFile]]:
         """New files, as they come, until the clock is stopped, or shows `until` and what is valid then is in.
 
-        That is so when a file valid at `until` or later has come, at the latest `lookback` after it.
+        That is so when a file valid at `until` or later has come; else, from `lookback` after it on, as soon
+        as LOOKS listings in a row have brought nothing: stored files may still be played into the place.
+        It is not so while a file of then or before is still being written, or has to be fetched once more.
 
         Listings are about `every` seconds apart: never at the same second of the minute, so that not all who
         follow a service ask at once. `tell` is called with what a person wants to know: that a place does not
-        answer (once for each reason), that it does again, and what is waited for.
+        answer (once for each reason), that it does again, which folders in it cannot be listed (once, as long
+        as that is so), and what is waited for.
 
         Raises:
             ValueError: if `every` is not above 0 s.
@@ -184,7 +196,8 @@ class Feed:
         if every <= 0:
             raise ValueError(f"every={every}: expected above 0 s")
         tell = tell or _nothing
-        failures, problem, waiting = 0, "", ""
+        failures, problem, waiting, idle = 0, "", "", 0
+        told: set[str] = set()  # of the folders that cannot be listed
         while not self.clock.stopped:
             listed = self.clock.seconds()
             try:
@@ -194,8 +207,8 @@ class Feed:
                     raise
                 if failures == 0 or _without_numbers(error) != problem:
                     tell(f"{error}; trying again")
-                failures, problem = failures + 1, _without_numbers(error)
-                if self._is_past(until):
+                failures, problem, idle = failures + 1, _without_numbers(error), idle + 1
+                if self._is_over(until, idle):
                     return
                 rest = error.rest if isinstance(error, UnreachableError) else 0.0
                 self.clock.sleep(max(rest, _pause(every, failures)))
@@ -203,13 +216,17 @@ class Feed:
             if failures:
                 tell(f"{self.place.root}: answers again")
                 failures = 0
+            if unlisted := [reason for folder, reason in self.unlisted.items() if folder not in told]:
+                tell(first_of(unlisted))
+            told = set(self.unlisted)
+            idle = 0 if files else idle + 1
             if files:
                 yield files
-            elif waiting != self._waiting():
-                waiting = self._waiting()
-                tell(waiting)
-            if self.is_done and self._is_past(until):
+            if self._is_over(until, idle):
                 return
+            if not files and waiting != self._waiting(until):
+                waiting = self._waiting(until)
+                tell(waiting)
             if not self.behind and not self.clock.stopped:
                 gone = self.clock.seconds() - listed
                 self.clock.sleep(max(0.0, every * random.uniform(0.75, 1.25) - gone))
@@ -260,9 +277,9 @@ class Feed:
     def _move_on(self) -> None:
         """Lets listings begin further behind, and forgets what lies before.
 
-        Files valid within `lookback` of the newest one stay in sight, and so do those being written. Where
-        the names in the first folder sort by time, listings begin right behind the last older one there, else
-        at the folder.
+        Files valid within `lookback` of the newest one stay in sight, and so do those being written, and
+        folders that could not be looked into: somebody may give the right to. Where the names in the first
+        folder sort by time, listings begin right behind the last older one there, else at the folder.
         """
         if self.newest is None or self._after is None:
             return
@@ -274,9 +291,7 @@ class Feed:
         after = folder
         if times == sorted(times):
             after = max((key for key, _ in there if key < first), default=folder)
-        unfinished = self.place.unfinished()
-        if unfinished is not None:
-            after = min(after, _folder(unfinished))
+        after = min([after, *map(_folder, self.place.unfinished()), *self.place.unlisted()])
         self._after = max(self._after, after)
         self._seen = {key: told for key, told in self._seen.items() if key > self._after}
 
@@ -288,16 +303,27 @@ class Feed:
         else:
             del self._failed[known]
 
-    def _is_past(self, until: datetime | None) -> bool:
-        """Whether no more is waited for, as of the last listing."""
+    def _is_over(self, until: datetime | None, idle: int) -> bool:
+        """Whether no more is waited for, after so many listings in a row that brought nothing."""
         now = self.clock.now()
-        if until is None or now < until:
+        if until is None or now < until or not self.is_done or self._is_unsettled(until):
             return False
-        return now >= until + self.lookback or (self.newest is not None and self.newest >= until)
+        if self.newest is not None and self.newest >= until:
+            return True
+        return idle >= LOOKS and now >= until + self.lookback
 
-    def _waiting(self) -> str:
+    def _is_unsettled(self, until: datetime) -> bool:
+        """Whether a file valid by then was still being written at the last listing."""
+        names = (Path(key).name for key in self.place.unfinished())
+        times = (time for name in names if (time := self.source.valid_time(name)) is not None)
+        return any(time <= until and (self.start is None or time >= self.start) for time in times)
+
+    def _waiting(self, until: datetime | None) -> str:
         since = "" if self.newest is None else f" after {self.newest:%Y-%m-%dT%H:%M:%SZ}"
-        return f"{self.place.root}: waiting for the next file{since}"
+        is_past = until is not None and self.clock.now() >= until + self.lookback
+        return f"{self.place.root}: waiting for the next file{since}" + (
+            f", until {LOOKS} looks in a row have found none" if is_past else ""
+        )
 
 
 def open_feed(

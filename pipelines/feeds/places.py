@@ -7,7 +7,7 @@ and files that are still being written are passed over.
 import os
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import GCSStore, S3Store
 
 from pipelines.feeds.web import Clock, DeniedError, UnreachableError, Web
-from pipelines.sources.source import PASSED_OVER, SAFE_NAME
+from pipelines.sources.source import PASSED_OVER, SAFE_NAME, listable, unlistable
 
 PAGE = 1000  # names in one answer, the most that S3 gives
 LARGEST_PAGE = 16 * 2**20  # bytes of one answer to a listing
@@ -68,8 +68,12 @@ class Place(Protocol):
         """The prefixes of the folders right below a prefix, in order; raises as `entries` does."""
         ...
 
-    def unfinished(self) -> str | None:
-        """The first key that the last listing passed over because its file was still being written."""
+    def unfinished(self) -> Sequence[str]:
+        """The keys that the last listing passed over because their files were still being written."""
+        ...
+
+    def unlisted(self) -> Mapping[str, str]:
+        """The prefixes of the folders that the last listing could not look into, and why."""
         ...
 
     def local(self, entry: Entry) -> Path | None:
@@ -93,7 +97,7 @@ def place_at(path: str, web: Web, quiet: float = 5.0) -> Place:
     a folder that the server shows as a page of links. A local file must not have changed for `quiet` s.
 
     Raises:
-        ValueError: for any other URL, or a folder that is not there.
+        ValueError: for any other URL, or a folder that is not there or cannot be listed.
     """
     url = urlsplit(path)
     below = f"{url.path.strip('/')}/".lstrip("/")
@@ -124,17 +128,17 @@ class Folder:
     """A local folder and all below it."""
 
     def __init__(self, path: str, clock: Clock, quiet: float):
-        """Raises ValueError if it is not there."""
-        if not Path(path).is_dir():
-            raise ValueError(f"{path}: no such folder; expected the one where the new files appear")
+        """Raises ValueError if it is not there, is a file, or cannot be listed."""
+        listable(path, "the files to follow")
         self.root = f"{path.rstrip('/')}/"
         self.clock = clock
         self.quiet = quiet
         self._changing: dict[str, tuple[str, float]] = {}  # by key: version, and when it was first seen
+        self._unlisted: dict[str, str] = {}
 
     def entries(self, prefix: str, after: str) -> Iterator[Entry]:
         """The files below a prefix whose keys sort after `after`, in order, that are no longer written to."""
-        before, self._changing = self._changing, {}
+        before, self._changing, self._unlisted = self._changing, {}, {}
         for entry in _walk(self._children, prefix, after):
             version, since = before.get(entry.key, ("", 0.0))
             since = since if version == entry.version else self.clock.seconds()
@@ -147,9 +151,13 @@ class Folder:
         """The prefixes of the folders right below a prefix, in order."""
         return [child for child in self._children(prefix) if isinstance(child, str)]
 
-    def unfinished(self) -> str | None:
-        """The first key that the last listing passed over because its file was still being written."""
-        return min(self._changing, default=None)
+    def unfinished(self) -> Sequence[str]:
+        """The keys that the last listing passed over because their files were still being written."""
+        return list(self._changing)
+
+    def unlisted(self) -> Mapping[str, str]:
+        """The prefixes of the folders that the last listing could not look into, and why."""
+        return self._unlisted
 
     def local(self, entry: Entry) -> Path | None:
         """The file itself."""
@@ -166,9 +174,10 @@ class Folder:
                 for item in found:
                     children.extend(_child(item, prefix))
         except OSError as error:
-            if Path(self.root).is_dir() and not Path(self.root + prefix).exists():
-                return children  # this folder went away meanwhile
-            raise UnreachableError(f"{self.root}{prefix}: cannot be listed: {error.strerror}") from error
+            if not prefix or not Path(self.root).is_dir():
+                raise UnreachableError(f"{self.root}{prefix}: cannot be listed: {error.strerror}") from error
+            if not isinstance(error, FileNotFoundError):  # else this folder went away meanwhile
+                self._unlisted[prefix] = unlistable(self.root + prefix.rstrip("/"), error)
         return children
 
     def _is_quiet(self, entry: Entry, since: float) -> bool:
@@ -210,9 +219,13 @@ class PublicBucket:
         ]
         return sorted(folder for folder in found if is_safe(folder.removesuffix("/")))
 
-    def unfinished(self) -> str | None:
+    def unfinished(self) -> Sequence[str]:
         """None: a file is there when it is whole."""
-        return None
+        return ()
+
+    def unlisted(self) -> Mapping[str, str]:
+        """None: what this user may not list is an error of the whole."""
+        return {}
 
     def local(self, entry: Entry) -> Path | None:
         """None: it lies elsewhere."""
@@ -276,9 +289,13 @@ class SignedBucket:
         folders = [folder.removeprefix(self.prefix) for folder in found]
         return sorted(f"{folder}/" for folder in folders if is_safe(folder))
 
-    def unfinished(self) -> str | None:
+    def unfinished(self) -> Sequence[str]:
         """None: a file is there when it is whole."""
-        return None
+        return ()
+
+    def unlisted(self) -> Mapping[str, str]:
+        """None: what this user may not list is an error of the whole."""
+        return {}
 
     def local(self, entry: Entry) -> Path | None:
         """None: it lies elsewhere."""
@@ -310,9 +327,13 @@ class WebFolder:
         """The prefixes of the folders right below a prefix, in order."""
         return [child for child in self._children(prefix) if isinstance(child, str)]
 
-    def unfinished(self) -> str | None:
+    def unfinished(self) -> Sequence[str]:
         """None: a file is there when it is whole."""
-        return None
+        return ()
+
+    def unlisted(self) -> Mapping[str, str]:
+        """None: what this user may not list is an error of the whole."""
+        return {}
 
     def local(self, entry: Entry) -> Path | None:
         """None: it lies elsewhere."""

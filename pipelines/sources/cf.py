@@ -24,7 +24,7 @@ from pipelines.formats.georeference import crs_of
 from pipelines.formats.packing import Packing
 from pipelines.frame import ALWAYS, Frame, parse_time
 from pipelines.grid import Grid
-from pipelines.sources.source import PASSED_OVER, SAFE_NAME, RemoteFile, within
+from pipelines.sources.source import PASSED_OVER, SAFE_NAME, RemoteFile, listable, within
 
 FILES = (".nc", ".nc3", ".nc4", ".cdf", ".h5", ".hdf5")  # what NetCDF and HDF5 files end in
 STATIC = "static"  # the group of what does not change
@@ -128,7 +128,7 @@ class Cf:
             raise ValueError(f"{path.name}: {error}") from error
 
     def places(self) -> Iterator[Path]:
-        """The files and stores at `path`, none of which is opened; no symbolic link is followed.
+        """The files and stores at `path`, none of which is opened; no symbolic link below it is followed.
 
         Raises:
             ValueError: if there is no such folder, file or store, or nothing of such a name in it.
@@ -137,15 +137,14 @@ class Cf:
             raise ValueError(
                 f"source.path={self.path}: not there; expected a folder, a NetCDF file or a Zarr store"
             )
+        if Path(self.path).is_dir():
+            listable(self.path, "NetCDF files or Zarr stores")
         waiting, seen = [Path(self.path)], 0
         while waiting:
             place = waiting.pop(0)
-            if place.is_dir() and not is_store(place):
-                waiting += sorted(
-                    path
-                    for path in place.iterdir()
-                    if not path.is_symlink() and SAFE_NAME.fullmatch(path.name) and _is_data(path)
-                )
+            inside = _inside(place)
+            if inside is not None:
+                waiting += inside
             elif re.fullmatch(self.names, place.name):
                 seen += 1
                 yield place
@@ -448,7 +447,20 @@ def _same(got: object, expected: str | float) -> bool:
     return numbers.shape == (1,) and numbers.dtype.kind in "iuf" and float(numbers[0]) == expected
 
 
+def _inside(place: Path) -> list[Path] | None:
+    """What may be data in a folder, if it may be listed (`unread` tells); None if it is a file or a store."""
+    try:
+        if not place.is_dir() or is_store(place):
+            return None
+        return sorted(path for path in place.iterdir() if _is_data(path))
+    except PermissionError:
+        return []
+
+
 def _is_data(path: Path) -> bool:
+    """Whether it may be a file or store to read, or a folder of such, and is no link."""
+    if path.is_symlink() or not SAFE_NAME.fullmatch(path.name):
+        return False
     return path.is_dir() or (path.suffix in FILES and not PASSED_OVER.fullmatch(path.name))
 
 

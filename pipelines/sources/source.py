@@ -2,14 +2,16 @@
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from pipelines.formats.inflate import GZIP, DamageError, inflater
 from pipelines.frame import Frame
+from pipelines.words import plural, printable
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9._@+,=:-]{1,200}")  # what a file may be called
 UNZIPPED_AT_ONCE = 2**24  # bytes
@@ -83,36 +85,132 @@ def named_files(
         if (time := source.valid_time(path.name)) is not None
     ]
     if not found:
+        links = len(unread(source).links)
+        not_followed = f" ({plural(links, 'link')} not followed)" if links else ""
         raise ValueError(
-            f"{source.path}: no files of {product} there or in its subfolders; "
+            f"{source.path}: no files of {product} there or in its subfolders{not_followed}; "
             f"looked for names such as {examples}"
         )
     yield from within(found, start, end)
 
 
 def paths(folder: str | None, product: str) -> Iterator[Path]:
-    """The plain files in a folder and all below whose names are safe to use; links are not followed.
+    """The plain files in a folder and all below whose names are safe to use; `unread` has the others.
 
     Raises:
-        ValueError: if the folder is not there.
+        ValueError: if the folder is not there, is none, or cannot be listed.
     """
-    if folder is None or not Path(folder).is_dir():
-        raise ValueError(f"source.path={folder}: no such folder; expected one with files of {product}")
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(place) / name
-            if SAFE_NAME.fullmatch(name) and not PASSED_OVER.fullmatch(name) and not path.is_symlink():
-                yield path
+    for item in _below(listable(folder, f"files of {product}")):
+        if _is_data(item.name) and not item.is_symlink() and not item.is_dir():
+            yield Path(item.path)
 
 
-def unsafe_names(folder: str | None) -> list[str]:
-    """The names in a folder and all below that `paths` passes over because they are not safe to use."""
+@dataclass(frozen=True)
+class Unread:
+    """What lies in a source's folder and all below, and is read by nobody."""
+
+    names: Sequence[str] = ()  # of files, not safe to use
+    links: Sequence[str] = ()  # paths below the folder; none is followed
+    folders: Mapping[str, str] = field(default_factory=dict)  # that cannot be listed, and why
+
+
+def unread(source: Source) -> Unread:
+    """What lies in a source's folder and is passed over, though somebody may want it read.
+
+    Of links those with the name of a file of the source, and those to folders elsewhere.
+    """
+    root = getattr(source, "path", None)
+    if root is None or not os.path.isdir(root):  # noqa: PTH112 - False too where it may not be looked at
+        return Unread()
+    valid_time = getattr(source, "valid_time", None)
+    names, links, folders = list[str](), list[str](), dict[str, str]()
+
+    def is_wanted(link: os.DirEntry[str]) -> bool:
+        with suppress(OSError):  # it leads to nothing, or where this user may not go
+            if link.is_dir():
+                return not Path(link.path).resolve().is_relative_to(Path(root).resolve())
+        return _is_data(link.name) and (valid_time is None or valid_time(link.name) is not None)
+
+    def cannot_be_listed(folder: str, error: OSError) -> None:
+        if folder != root:  # of which the source itself says so
+            folders[folder] = unlistable(folder, error)
+
+    for item in _below(root, cannot_be_listed):
+        if item.is_symlink():
+            links += [str(Path(item.path).relative_to(root))] if is_wanted(item) else []
+        elif not SAFE_NAME.fullmatch(item.name) and not item.is_dir():
+            names.append(item.name)
+    return Unread(names, links, folders)
+
+
+def listable(folder: str | None, content: str) -> str:
+    """The folder of a source; `content`: what is expected in it.
+
+    Raises:
+        ValueError: if it is not there, is a file, or cannot be listed.
+    """
     if folder is None:
-        return []
-    return [
-        name for _, _, names in os.walk(folder) for name in sorted(names) if not SAFE_NAME.fullmatch(name)
-    ]
+        raise ValueError(f"source.path=null: expected a folder with {content}")
+    try:
+        with _scanned(folder):
+            return folder
+    except FileNotFoundError:
+        raise ValueError(f"source.path={folder}: no such folder; expected one with {content}") from None
+    except NotADirectoryError:
+        raise ValueError(
+            f"source.path={folder}: is a file; expected a folder with {content}, such as the one it lies in"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"source.path={unlistable(folder, error)}") from None
+
+
+def unlistable(folder: str, error: OSError) -> str:
+    """What a person wants to know of a folder that cannot be listed."""
+    hint = "; give this user the right to (chmod u+rx)" if isinstance(error, PermissionError) else ""
+    return f"{printable(folder)}: cannot be listed ({error.strerror}), so nothing in it is read{hint}"
+
+
+def first_of(folders: Sequence[str]) -> str:
+    """The first of some sentences about folders, and how many more there are."""
+    return folders[0] + (f"; nor can {len(folders) - 1} more folders" if len(folders) > 1 else "")
+
+
+def _is_data(name: str) -> bool:
+    return bool(SAFE_NAME.fullmatch(name)) and not PASSED_OVER.fullmatch(name)
+
+
+def _scanned(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+    """What is in a folder, whose files this user may open too.
+
+    Raises:
+        OSError: if that is not so.
+    """
+    os.stat(f"{folder}/.")  # noqa: PTH116 - `Path` drops the dot, which takes the right to enter the folder
+    return os.scandir(folder)
+
+
+def _nobody(_: str, __: OSError) -> None:
+    """Nobody is told: `unread` tells."""
+
+
+def _below(
+    folder: str, cannot_be_listed: Callable[[str, OSError], None] = _nobody
+) -> Iterator[os.DirEntry[str]]:
+    """All that is in a folder and those below it, by name; no link is followed."""
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            with _scanned(place) as found:
+                items = sorted(found, key=lambda item: item.name)
+            folders = [item.path for item in items if item.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            continue  # it went away meanwhile
+        except OSError as error:
+            cannot_be_listed(place, error)
+            continue
+        yield from items
+        waiting += reversed(folders)
 
 
 def within(files: list[RemoteFile], start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -239,6 +240,29 @@ def test_a_reader_connects_to_nothing_and_starts_nothing(actor, play, text):
     with pytest.raises(Refusal, match="Operation not permitted") as caught:
         decode(actor, play(text))
     assert caught.value.code == Code.FORBIDDEN
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_link_that_the_user_gives_as_the_place_is_followed_and_none_below_it(actor, play, tmp_path, beside):
+    play("well")
+    link, source = tmp_path / "link", type(actor)(path=str(tmp_path / "link"), beside=beside)
+    link.symlink_to("plays")
+    (tmp_path / "plays" / "well.txt").write_text(str(link / "well.txt"))
+    with Decoder(source) as decoder:
+        (file,) = decoder.files(MIDNIGHT, None)
+        assert file.url == str(link / "well.txt"), "named as the user names it"
+        (tmp_path / "plays" / "well.txt").write_text("well")
+        assert decoder.decode(replace(file, valid_time=None)).values[0, 0] == 7.5
+        (tmp_path / "plays" / "other.txt").symlink_to("/etc/passwd")
+        with pytest.raises(Refusal, match="a link"):
+            decoder.decode(RemoteFile(str(link / "other.txt"), None))
+
+
+def test_a_link_to_one_file_that_the_user_gives_as_the_place_is_followed(actor, play, tmp_path):
+    play("well")
+    link = tmp_path / "latest.txt"
+    link.symlink_to("plays/well.txt")
+    assert decode(type(actor)(path=str(link)), RemoteFile(str(link), None)).values[0, 0] == 7.5
 
 
 @landlock

@@ -32,7 +32,8 @@ from pipelines.sources.fmi import Fmi
 from pipelines.sources.mrms import Mrms
 from pipelines.sources.nwcsaf import NwcsafHdf5
 from pipelines.sources.simulated import Simulated
-from pipelines.sources.source import RemoteFile
+from pipelines.sources.source import RemoteFile, named_files
+from tests.pipelines.ordinary_user import ordinary_user
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = Simulated(size=24, frames=20)
@@ -476,8 +477,7 @@ class Live(Flaky):
         return datetime.strptime(name, "%Y%m%d%H%M.txt").replace(tzinfo=UTC) if name[0] == "2" else None
 
     def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
-        for path in sorted(Path(str(self.path)).glob("2*.txt")):
-            yield RemoteFile(str(path), self.valid_time(path.name))
+        yield from named_files(self, start, end, "simulated rain", "202006010000.txt")
 
     def read(self, file: RemoteFile) -> Frame:
         return next(SMALL.read(known) for known in SMALL.files(file.valid_time, file.valid_time))
@@ -531,6 +531,103 @@ def test_names_that_are_not_safe_to_use_are_counted_and_told(live, tmp_path, cap
     result = ingest(live, str(tmp_path / "cube"))
     assert result.passed_over == 2 and "2 passed over for their names" in str(result)
     assert "2 files passed over for their names, such as 'my rain.txt'" in caplog.text
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_folder_that_may_not_be_listed_is_told_and_written_down_and_the_rest_goes_on(
+    follow, live, tmp_path, caplog
+):
+    times = [file.valid_time for file in SMALL.files(None, None)]
+    closed = Path(str(live.path)) / "closed"
+    closed.mkdir()
+    for path in sorted(Path(str(live.path)).glob("*.txt"))[2:5]:
+        path.rename(closed / path.name)
+    for rights in (0o000, 0o444):  # without the right to enter it, its names are all that there is
+        closed.chmod(rights)
+        with ordinary_user():
+            result = ingest(live, str(tmp_path / "cube"), follow=follow, end=times[-1])
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    said = f"{closed}: cannot be listed (Permission denied), so nothing in it is read; give this user"
+    assert [warning.startswith(said) for warning in warnings] == [True, True]  # in each of two runs
+    assert (result.already_there, result.damaged, result.unlisted) == (len(times) - 3, 0, 1)
+    assert "1 folder that cannot be listed, see" in str(result)
+    (line,) = Path(result.quarantine).read_text().splitlines()
+    record = json.loads(line)
+    assert (record["path"], record["code"]) == (str(closed), "unreadable")
+    assert record["reason"] in warnings
+    closed.chmod(0o755)
+    result = ingest(live, str(tmp_path / "cube"))
+    assert (result.new, result.unlisted) == (3, 0)
+
+
+def test_a_folder_of_a_source_that_is_none_or_may_not_be_listed_is_an_error_that_says_so(live, tmp_path):
+    root = Path(str(live.path))
+    file = replace(live, path=str(next(root.iterdir())))
+    for follow in (False, True):
+        with pytest.raises(
+            ValueError, match=r"\.txt: is a file; expected a folder with .*, such as the one it"
+        ):
+            ingest(file, str(tmp_path / "cube"), follow=follow)
+    for rights in (0o000, 0o444):
+        root.chmod(rights)
+        with (
+            ordinary_user(),
+            pytest.raises(ValueError, match=r"live: cannot be listed \(Permission denied\)"),
+        ):
+            ingest(live, str(tmp_path / "cube"), follow=follow)
+    root.chmod(0o755)
+    assert not (tmp_path / "cube").exists()
+
+
+def test_links_are_told_by_their_number_the_first_names_and_what_to_do(live, tmp_path, caplog):
+    root, stored = Path(str(live.path)), tmp_path / "stored"
+    root.rename(stored)
+    (root / "below").mkdir(parents=True)
+    for path in stored.iterdir():
+        (root / path.name).symlink_to(path)
+    with pytest.raises(
+        ValueError, match=rf"no files of simulated rain .* \({len(list(root.iterdir())) - 1} links"
+    ):
+        ingest(live, str(tmp_path / "cube"))
+
+    caplog.clear()
+    first, second, *_ = sorted(path.name for path in stored.iterdir())
+    for path in [*root.glob("*.txt")]:
+        path.unlink()
+    shutil.copyfile(stored / second, root / second)
+    (root / "latest.txt").symlink_to(second)  # which is no name of the source's files: nothing is missed
+    (root / "again").symlink_to("below")
+    (root / "below" / first).symlink_to("nowhere")
+    (root / "more").symlink_to(stored)
+    result = ingest(live, str(tmp_path / "cube"))
+    (warning,) = caplog.messages
+    assert f"{root}: 2 links not followed, such as 'more', 'below/{first}'; copy" in warning
+    assert "or give the folder that they lead to as source.path" in warning
+    assert (result.new, result.links) == (1, 2) and "2 links not followed" in str(result)
+
+
+def test_a_cube_that_may_not_be_written_says_which_and_what_to_do(live, tmp_path):
+    cube = tmp_path / "cube"
+    ingest(live, str(cube), end=START)
+    for path in (cube, *cube.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o555)
+    with ordinary_user(), pytest.raises(PermissionError, match=rf"^{cube}: no frame can be written .* cube="):
+        ingest(live, str(cube))
+
+
+def test_a_window_that_is_the_cubes_part_of_the_files_is_named(tmp_path):
+    cube = str(tmp_path / "cube")
+    ingest(SMALL, cube, window=[3, 4, 10, 12])
+    with pytest.raises(ValueError, match=r"cube of its own, or give window=\[3,4,10,12\], which"):
+        ingest(SMALL, cube)
+    with pytest.raises(ValueError, match=r"cube of its own, or give window=\[3,4,10,12\], which"):
+        ingest(SMALL, cube, window=[2, 2, 18, 18])
+    assert ingest(SMALL, cube, window=[3, 4, 10, 12]).new == 0
+    apart = [[0, 0, 8, 8], [5, 5, 10, 12]]
+    coarse = Grid("EPSG:3035", 4321000.0 - 6000, 4000.0, 4, 3210000.0 + 6000, -4000.0, 4)
+    for options in (*({"window": window} for window in apart), {"grid": coarse}):
+        with pytest.raises(ValueError, match=r"write it to a cube of its own$"):
+            ingest(SMALL, cube, **options)
 
 
 def test_a_damaged_first_file_of_times_that_another_group_has_does_not_hide_the_others(tmp_path):

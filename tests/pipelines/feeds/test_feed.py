@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.feeds.feed import ROUNDS, Cache, NewFile, open_feed
+from pipelines.feeds.feed import LOOKS, ROUNDS, Cache, NewFile, open_feed
 from pipelines.feeds.places import Entry, is_safe, place_at
 from pipelines.feeds.web import DeniedError, Manners, SystemClock, UnreachableError, Web, retry_after
 from pipelines.sources.source import stamp
 from tests.pipelines.feeds import faulty_store
 from tests.pipelines.feeds.faulty_store import Answer, FaultyStore
+from tests.pipelines.ordinary_user import ordinary_user
 
 DAY = datetime(2020, 6, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -635,6 +636,35 @@ def test_links_are_not_followed(tmp_path):
     assert open_feed(Named(str(tmp_path / "in")), tmp_path / "cache", clock=FakeClock()).listing() == []
 
 
+def test_a_folder_that_may_not_be_listed_is_told_once_and_read_when_it_may(tmp_path):
+    clock, told, found = FakeClock(), [], []
+    closed = tmp_path / "in" / "a"
+    for step in range(30):
+        path = tmp_path / "in" / name(DAY + step * 20 * MINUTE, "b/" if step else "a/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    feed = open_feed(Named(str(tmp_path / "in")), tmp_path / "cache", clock=clock)
+    closed.chmod(0o000)
+    sleep = clock.sleep
+
+    def passing(seconds):
+        sleep(seconds)
+        if len(clock.slept) == 5:
+            closed.chmod(0o755)
+        clock.stopped = len(clock.slept) == 8
+
+    clock.sleep = passing
+    with ordinary_user():
+        for files in feed.follow(60, tell=told.append):
+            found.append(keys(files))
+    assert [len(part) for part in found] == [29, 1]
+    assert found[1] == [name(DAY, "a/")], "the rest has gone on for longer than the lookback"
+    assert [text for text in told if "listed" in text] == [
+        f"{closed}: cannot be listed (Permission denied), so nothing in it is read; "
+        "give this user the right to (chmod u+rx)"
+    ]
+
+
 def test_a_folder_may_be_called_anything_but_a_half(tmp_path):
     for folder in ("my data é", "incoming.tmp"):
         (tmp_path / "in" / folder).mkdir(parents=True)
@@ -798,6 +828,52 @@ def test_following_to_an_end_waits_for_the_file_of_the_end_and_no_longer_than_th
         found += [file.valid_time for file in files]
     assert found == ([began] if arrives is None else [began, end])
     assert hours <= (clock.now() - began) / timedelta(hours=1) < hours + 0.1
+
+
+def test_following_to_an_end_waits_for_what_is_still_written_then_and_not_for_later_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    clock, end = FakeClock(), DAY + 11 * MINUTE
+    times = [DAY + step * MINUTE for step in range(13)]
+    for time in times:
+        path = tmp_path / "in" / name(time, "")
+        path.write_bytes(b"x")
+        written = clock.now().timestamp() - (3600 if time in (*times[:4], end) else 0)
+        os.utime(path, (written, written))
+    feed = open_feed(Named(str(tmp_path / "in")), tmp_path / "cache", clock=clock)
+    sleep = clock.sleep
+
+    def passing(seconds):
+        sleep(seconds)
+        written = clock.now().timestamp()
+        os.utime(tmp_path / "in" / name(times[-1], ""), (written, written))
+        clock.stopped = len(clock.slept) == 9
+
+    clock.sleep = passing
+    parts = [[file.valid_time for file in files] for files in feed.follow(10, until=end)]
+    assert parts == [[*times[:4], end], times[4:11]]
+    assert len(clock.slept) == 1
+
+
+@pytest.mark.parametrize("lost", [None, -1], ids=["whole", "without the last file"])
+def test_following_stored_files_to_an_end_waits_as_long_as_they_are_being_played(lost, tmp_path):
+    (tmp_path / "in").mkdir()
+    clock, told, found = FakeClock(), [], []
+    times = [DAY + step * MINUTE for step in range(30)]
+    feed = open_feed(Named(str(tmp_path / "in")), tmp_path / "cache", quiet=0, clock=clock)
+    coming, sleep = iter(times[:lost]), clock.sleep
+
+    def passing(seconds):
+        sleep(seconds)
+        if len(clock.slept) % 15 == 0 and (time := next(coming, None)) is not None:
+            (tmp_path / "in" / name(time, "")).write_bytes(b"x")
+            os.utime(tmp_path / "in" / name(time, ""), (0, 0))
+
+    clock.sleep = passing
+    for files in feed.follow(60, until=times[-1], tell=told.append):
+        found += [file.valid_time for file in files]
+    assert found == times[:lost]
+    assert len(clock.slept) == len(found) * 15 + (0 if lost is None else LOOKS)
+    assert all(text.endswith(f", until {LOOKS} looks in a row have found none") for text in told)
 
 
 def test_following_to_an_end_long_past_takes_all_that_is_there_in_parts(tmp_path, monkeypatch):

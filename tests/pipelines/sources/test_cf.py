@@ -23,7 +23,8 @@ from pipelines.decode import Decoder
 from pipelines.frame import ALWAYS, Frame
 from pipelines.grid import Grid
 from pipelines.sources.cf import Cf
-from pipelines.sources.source import RemoteFile
+from pipelines.sources.source import RemoteFile, unread
+from tests.pipelines.ordinary_user import ordinary_user
 
 MAP = "+proj=laea +lat_0=55 +lon_0=10 +x_0=1950000 +y_0=-2100000 +ellps=WGS84 +units=m"
 GRID = Grid(MAP, 500.0, 1000.0, 7, -500.0, -1000.0, 5)
@@ -305,6 +306,36 @@ def test_files_of_one_time_need_a_cadence_and_come_in_order(tmp_path):
     start = datetime(2020, 5, 1, 0, 10, tzinfo=UTC)
     times = [file.valid_time for file in Cf(str(tmp_path), cadence=5.0).files(start, start)]
     assert times == [start]
+
+
+@pytest.mark.parametrize("rights", [0o000, 0o444])
+def test_a_folder_that_may_not_be_listed_hides_no_other_and_is_named(rights, tmp_path):
+    for folder in ("a", "closed", "closed/too"):
+        (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+    netcdf("NETCDF4")(dataset(), tmp_path / "in" / "a")
+    source, closed = Cf(str(tmp_path / "in")), tmp_path / "in" / "closed"
+    closed.chmod(rights)
+    with ordinary_user():
+        assert len(list(source.files(None, None))) == SIZE
+        assert unread(source).folders.keys() == {str(closed)}
+        with pytest.raises(ValueError, match=r"closed: cannot be listed \(Permission denied\)"):
+            list(replace(source, path=str(closed)).files(None, None))
+    closed.chmod(0o755)
+
+
+@pytest.mark.parametrize("writer", ["NetCDF-4", "Zarr 3"])
+def test_a_link_that_the_user_gives_as_the_path_is_followed_and_links_below_are_told(writer, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "links").mkdir()
+    made = WRITERS[writer](dataset(), tmp_path / "in")
+    link = tmp_path / "links" / f"latest{made.suffix}"
+    link.symlink_to(made)
+    with Decoder(Cf(str(link))) as decoder:
+        assert [decoder.decode(file).grid for file in decoder.files(None, None)] == [GRID] * SIZE
+    source = Cf(str(tmp_path / "links"))
+    assert list(unread(source).links) == [link.name]
+    with pytest.raises(ValueError, match="no NetCDF file"):
+        list(source.files(None, None))
 
 
 TIMES = {
