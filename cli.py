@@ -9,7 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -186,8 +187,9 @@ def compose(command: str, words: list[str]) -> Any:
             known = set(_flatten(OmegaConf.to_container(plain)))
             for key, text in values:
                 _check(key, text, known | set(groups), plain)
+            given = {key.lstrip("+") for key, _ in values}
             for key in taken:
-                _check_known(key, known)
+                _check_known(key, known | given)
             config = hydra.compose(
                 command, choices + [_override(key, text, _is_path(plain, key, text)) for key, text in values]
             )
@@ -299,7 +301,6 @@ def _check_known(key: str, known: set[str]) -> None:
 
 def _take_away(config: Any, key: str) -> None:
     """Deletes a key, unless what is called with it has no default of its own for it."""
-    from hydra.utils import get_object
     from omegaconf import OmegaConf, open_dict
 
     outer, _, name = key.rpartition(".")
@@ -307,7 +308,7 @@ def _take_away(config: Any, key: str) -> None:
     if not OmegaConf.is_dict(node) or name not in set(node):  # `in node` is false of a null
         raise UsageError(f"~{key}: it is gone already, with another key that was given")
     target = node.get("_target_")
-    wanted = inspect.signature(get_object(target)).parameters.get(name) if target else None
+    wanted = _parameters(target).get(name) if target else None
     if wanted is not None and wanted.default is wanted.empty:
         raise UsageError(f"~{key}: {target} cannot do without {name}; expected {key}= and another value")
     with open_dict(node):
@@ -356,20 +357,43 @@ def _flatten(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _check_calls(node: Any, prefix: str = "") -> None:
     """Refuses a key that what is called does not take, before anything is called."""
-    from hydra.utils import get_object
-
     for key, value in node.items():
         if isinstance(value, dict):
             _check_calls(value, f"{prefix}{key}.")
     if "_target_" not in node:
         return
-    taken = inspect.signature(get_object(node["_target_"])).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+    taken = _parameters(node["_target_"])
+    if not taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         return
     for key in node:
         if not key.startswith("_") and key not in taken:
             given = f"{prefix}{key}"
             raise UsageError(f"{given}: {node['_target_']} takes no {key}; ~{given} takes the key away")
+
+
+def _parameters(target: object) -> Mapping[str, inspect.Parameter]:
+    """What is called takes; nothing where that cannot be told, and the call will say what is wrong."""
+    from hydra.utils import get_object
+
+    try:
+        with _silent("hydra.utils", "hydra._internal.utils"):
+            return inspect.signature(get_object(str(target))).parameters
+    except (AttributeError, ImportError, TypeError, ValueError):
+        return {}
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Keeps some loggers quiet meanwhile."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
 
 
 def _missing(node: Any, prefix: str = "") -> Iterator[str]:

@@ -7,7 +7,7 @@ one grid; and what never changes beside them (`pipelines.static`).
 import logging
 import re
 from asyncio import gather
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -55,6 +55,7 @@ STATISTICS = {  # of every step: type and meaning
 }
 MOVED_AT_ONCE = 128  # chunks in memory while the time axis grows to the front
 MOST_PRODUCTS = 8  # that a cube names; some files have a title of their own
+OTHERS = "and others"
 AXIS_LIMIT = 100_000  # steps; a longer axis may grow at most tenfold in one call
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class Cube:
         """Use `open` or `open_or_create`."""
         self.path = path
         self.group = group
+        self._told_of_products = False
         self._see(Repository.open(path), snapshot)
 
     def __reduce__(self) -> tuple[type["Cube"], tuple[str, str, str]]:
@@ -293,22 +295,30 @@ class Cube:
 
         def edit(store: Any) -> None:
             group = zarr.open_group(store, path=self.group, mode="r+", zarr_format=3)
-            counts.update(_write(group, frames, restate))
+            done, names[:] = _write(group, frames, restate)
+            counts.update(done)
 
-        before = self.products
+        before, names = self.products, list[str]()
         if frames:
             self._repository.commit(message or f"{len(frames)} frames of {self.variable.name}", edit)
             self._see(self._repository, self._repository.snapshot)
-        if before and (other := [name for name in self.products if name not in before]):
-            log.warning(
-                "%s: frames of %s stand beside those of %s from now on; where their numbers are not alike, "
-                "roll back to %s (metnet rollback) and give each a cube of its own",
-                self.path,
-                " and ".join(other),
-                " and ".join(before),
-                snapshot,
-            )
+        self._tell_of_products(before or names[:1], names, snapshot)
         return Written(self.snapshot, **counts)
+
+    def _tell_of_products(self, before: Sequence[str], written: Sequence[str], snapshot: str) -> None:
+        """Says, once, that frames of several products stand beside each other."""
+        other = [name for name in dict.fromkeys(written) if name not in before]
+        if not other or self._told_of_products:
+            return
+        self._told_of_products = True
+        log.warning(
+            "%s: frames of %s stand beside those of %s; where their numbers are not alike, roll back to %s "
+            "(metnet rollback) and give each a cube of its own",
+            self.path,
+            _some(other),
+            _some(before),
+            snapshot,
+        )
 
     def check(self, frame: Frame) -> None:
         """Refuses a frame that is not of this cube.
@@ -468,8 +478,8 @@ def _create(
         create_array(group, name, ("time",), (0,), dtype, about, (HASH_CHUNK,))
 
 
-def _write(group: zarr.Group, frames: Sequence[Frame], restate: bool) -> dict[str, int]:
-    """Writes those of the frames whose times are free, or all that differ, and counts them."""
+def _write(group: zarr.Group, frames: Sequence[Frame], restate: bool) -> tuple[dict[str, int], list[str]]:
+    """Writes those of the frames whose times are free, or all that differ; how many, and of what products."""
     axis = _axis(group)
     indices = [axis.index(frame.valid_time) for frame in frames]
     first = max(0, min(indices))
@@ -486,19 +496,27 @@ def _write(group: zarr.Group, frames: Sequence[Frame], restate: bool) -> dict[st
         else:
             counts["restated" if index in taken else "new"] += 1
             wanted[index], taken[index] = frame, digest
+    products = [printable(frame.source) for frame in wanted.values()]
     if wanted:
-        _name_products(group, wanted.values())
+        _name_products(group, products)
         longer = axis.reaching(min(wanted), max(wanted))
         _extend(group, axis, longer)
         before = (axis.start - longer.start) // axis.cadence
         _store(group, {index + before: frame for index, frame in sorted(wanted.items())})
-    return counts
+    return counts, products
 
 
-def _name_products(group: zarr.Group, frames: Iterable[Frame]) -> None:
-    """Names what the frames were read from among what those before them were."""
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return " and ".join(names[:2]) + more
+
+
+def _name_products(group: zarr.Group, products: Sequence[str]) -> None:
+    """Names what frames were read from beside what those before them were, as far as there is room."""
     known = _products(group)
-    names = list(dict.fromkeys([*known, *(printable(frame.source) for frame in frames)]))[:MOST_PRODUCTS]
+    names = list(dict.fromkeys([*known, *products]))
+    if len(names) > MOST_PRODUCTS:
+        names = [*[name for name in names if name != OTHERS][: MOST_PRODUCTS - 1], OTHERS]
     if names != known:
         group.update_attributes({"source": "\n".join(names)})
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import compress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -258,7 +259,8 @@ def _come_since(
     before = store.header(header.name).attributes["inputs_missing"].split()
     with suppress(_BlindError):  # less than before, after a rollback of the cube
         _, missing = _past(cube, model.frames, header, stalest, _beside(model))
-        return " ".join(time for time in before if time not in missing.split())
+        there = {f"{time:{TEXT}}" for time in compress(cube.times, cube.observed)}
+        return " ".join(time for time in before if time in there and time not in missing.split())
     return ""
 
 

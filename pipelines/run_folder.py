@@ -85,7 +85,7 @@ def finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
         return None
     if not has_its_weights(folder, card):
         log.warning(
-            "%s is not there, or not what %s says; making it again, from the newest checkpoint",
+            "%s is not there, or not what %s says; making it again, from the newest checkpoint if any",
             folder / WEIGHTS,
             CARD,
         )

@@ -1,5 +1,7 @@
 """The outline of a grid in longitude and latitude, where each pole is a line and 180 degrees a seam."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from pipelines.grid import Coordinates, Grid
@@ -9,9 +11,11 @@ Ring = list[tuple[float, float]]
 
 SIDES = 32  # parts that an edge is cut into
 EDGE = 1e-6  # cells; a pole as near as this lies on the edge, and the rim is drawn as far within
+FINE = 256  # parts of a side, where the rim is looked for within
 WORLD: Ring = [(-180.0, -90.0), (180.0, -90.0), (180.0, 90.0), (-180.0, 90.0), (-180.0, -90.0)]
 
 
+@lru_cache(maxsize=64)
 def outline_of(grid: Grid) -> Ring:
     """The rim of the outer cells: a closed ring of longitude and latitude, running on past 180 degrees.
 
@@ -19,6 +23,10 @@ def outline_of(grid: Grid) -> Ring:
     where an edge runs through a pole, it too goes along it. With both poles inside it is the whole world.
     """
     lon, lat = _rim(grid)
+    if not np.isfinite(lat).all():
+        lon, lat = _limb(grid)
+    if not lat.size:
+        return WORLD
     step = _shortest(np.diff(lon, append=lon[:1]))
     depths = dict(zip((-90.0, 90.0), _depths(grid), strict=True))
     inside = [pole for pole, depth in depths.items() if depth > EDGE]
@@ -62,6 +70,30 @@ def _rim(grid: Grid) -> tuple[Coordinates, Coordinates]:
         for edge in geometry.lonlat(corners)
     )
     return lon, lat
+
+
+def _limb(grid: Grid) -> tuple[Coordinates, Coordinates]:
+    """Points around what lies on the earth, of a grid whose rim does not, clockwise from the north.
+
+    Good to a part in `FINE`, as the disk that a satellite sees has no corner to go by.
+    """
+    across, down = min(FINE, grid.x_size), min(FINE, grid.y_size)
+    seen = Grid(
+        grid.crs,
+        grid.x_first,
+        grid.x_step * (grid.x_size - 1) / max(1, across - 1) or grid.x_step,
+        across,
+        grid.y_first,
+        grid.y_step * (grid.y_size - 1) / max(1, down - 1) or grid.y_step,
+        down,
+    )
+    lon, lat = geometry.lonlat(seen)
+    known = np.isfinite(lat)
+    filled = np.flatnonzero(known.any(axis=1))
+    first, last = known.argmax(axis=1), across - 1 - known[:, ::-1].argmax(axis=1)
+    row = np.concatenate([filled, filled[::-1]])
+    column = np.concatenate([last[filled], first[filled[::-1]]])
+    return lon[row, column], lat[row, column]
 
 
 def _depths(grid: Grid) -> Coordinates:

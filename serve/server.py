@@ -134,10 +134,13 @@ def _address(host: str, port: int) -> str:
 
 
 def _is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches it; a name that is none is told of when it is listened on."""
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
+    except (OSError, UnicodeError):
+        return True
+    addresses = map(ip_address, (address.partition("%")[0] for address in found))
+    return all((getattr(each, "ipv4_mapped", None) or each).is_loopback for each in addresses)
 
 
 @contextmanager

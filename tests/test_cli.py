@@ -96,6 +96,17 @@ def test_a_key_is_taken_away(door, capsys, word):
     assert "('nested', {})" in capsys.readouterr().out
 
 
+def test_a_key_that_was_added_is_taken_away_again(door, capsys):
+    assert cli.answer("ingest", ["where=x", "+nested.more=5", "~nested.more"]) == 0
+    assert "('nested', {'depth': 1.5})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["3", "nomodule.Nope"])
+def test_what_cannot_be_called_is_said_once(door, capsys, target):
+    assert cli.answer("ingest", ["where=x", f"other._target_={target}"]) != 0
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("word", ["~fruit.skin", "~skin"])
 def test_a_group_and_a_key_without_a_value_are_taken_away(door, capsys, word):
     assert cli.answer("ingest", ["where=x", "fruit.skin=green", word, "~window"]) == 0

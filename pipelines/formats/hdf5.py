@@ -16,7 +16,7 @@ import numpy as np
 from numcodecs import Fletcher32
 from numpy.typing import NDArray
 
-from pipelines.formats.inflate import inflated
+from pipelines.formats.inflate import unpacked
 
 Region = tuple[slice, ...]
 
@@ -27,6 +27,7 @@ LARGEST_CHUNK = MOST_CELLS * 8  # bytes unpacked
 MOST_CHUNKS = 100_000  # of one read
 SHUFFLE, DEFLATE = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE
 FLETCHER32 = h5py.h5z.FILTER_FLETCHER32
+PACKERS = {DEFLATE: "zlib", 307: "bz2", 32001: "blosc", 32015: "zstd"}  # registered with The HDF Group
 LARGEST_ATTRIBUTE = 2**20  # bytes
 LARGEST_TEXTS = 2**24  # bytes of one read
 
@@ -250,11 +251,12 @@ def _filters(dataset: h5py.Dataset, width: int) -> tuple[list[int], int]:
     left_out = 0
     for number in range(plan.get_nfilters()):
         code, _, settings, name = plan.get_filter(number)
-        if code not in (SHUFFLE, DEFLATE, FLETCHER32) or code in filters:
+        if code not in (SHUFFLE, FLETCHER32, *PACKERS) or code in filters:
             told = name.decode("ascii", errors="replace")[:80]
             raise ValueError(
-                f"{dataset.name} is packed by the filter {code} ({told}): expected shuffle, deflate and "
-                "fletcher32, each once; pack it anew by `h5repack -f SHUF -f GZIP=4 OLD NEW`"
+                f"{dataset.name} is packed by the filter {code} ({told}): expected shuffle, fletcher32, "
+                "deflate, bzip2, Blosc and Zstandard, each once; pack it anew by "
+                "`h5repack -f SHUF -f GZIP=4 OLD NEW`"
             )
         if code == SHUFFLE and not settings:
             left_out |= 1 << number
@@ -283,8 +285,8 @@ def _plain(packed: bytes | memoryview, filters: list[int], size: int, width: int
     """The bytes of a chunk of elements of `width` bytes before they went through the filters."""
     sizes = [size + 4 * (FLETCHER32 in filters[:number]) for number in range(len(filters))]
     for code, made in reversed(list(zip(filters, sizes, strict=True))):
-        if code == DEFLATE:
-            packed = inflated(packed, made)
+        if code in PACKERS:
+            packed = unpacked(PACKERS[code], {}, packed, made, made)
         elif code == FLETCHER32:
             packed = _checked(packed)
         else:

@@ -34,7 +34,9 @@ def inflated(packed: bytes | memoryview, size: int) -> bytes:
     return _whole(inflater(), packed, size, size)
 
 
-def unpacked(codec: str, settings: Mapping[str, Any], packed: bytes, least: int, most: int) -> bytes:
+def unpacked(
+    codec: str, settings: Mapping[str, Any], packed: bytes | memoryview, least: int, most: int
+) -> bytes:
     """What one of the `COMPRESSORS` packed, which is to be from `least` to `most` bytes.
 
     Raises:
@@ -89,7 +91,7 @@ def _unlzma(settings: Mapping[str, Any]) -> lzma.LZMADecompressor:
     return lzma.LZMADecompressor(container, filters=filters)
 
 
-def _zstd_size(packed: bytes) -> int | None:
+def _zstd_size(packed: bytes | memoryview) -> int | None:
     """What the first frame says it holds (RFC 8878 section 3.1.1.1); None if it does not say."""
     if packed[:4] != b"\x28\xb5\x2f\xfd" or len(packed) < 6:
         raise ValueError("no Zstandard frame")
@@ -101,7 +103,7 @@ def _zstd_size(packed: bytes) -> int | None:
     return size if width else None
 
 
-def _blosc_size(packed: bytes) -> int:
+def _blosc_size(packed: bytes | memoryview) -> int:
     """What the header says is packed; the library believes what it says of the packed bytes, and reads on."""
     if len(packed) < 16:
         raise ValueError("no header of Blosc")

@@ -135,10 +135,10 @@ function fillSlider() {
 
 function tellAge() {
   const { stale, degraded, observed_until: time, made_by: made } = state.run;
-  const missing = () => made.inputs_missing.split(" ").map((each) => text(each, CLOCK)).join(", ");
-  if (stale && state.run.name === state.runs[0].name) say(`Old data: what the newest forecast knows was observed ${age(time)}.`);
-  else if (degraded) say(`This forecast was made without the radar frames of ${missing()}.`);
-  else say("");
+  const isOld = stale && state.run.name === state.runs[0].name;
+  const old = isOld ? `Old data: what the newest forecast knows was observed ${age(time)}. ` : "";
+  const missing = degraded ? made.inputs_missing.split(" ").map((each) => text(each, { ...CLOCK, timeZone: "UTC" })) : [];
+  say(old + (degraded ? `This forecast was made without the radar frames of ${missing.join(", ")} UTC.` : ""));
 }
 
 function say(text) {

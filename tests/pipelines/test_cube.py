@@ -605,7 +605,7 @@ def test_what_frames_were_read_from_is_kept_and_another_product_is_told(tmp_path
     snapshot = store.snapshot
     assert store.products == ["noise"] and not caplog.text
     store.write([replace(frame(2), source="noise, Z = 200 R^1.6")])
-    assert "frames of noise, Z = 200 R^1.6 stand beside those of noise from now on; where" in caplog.text
+    assert "frames of noise, Z = 200 R^1.6 stand beside those of noise; where" in caplog.text
     assert f"roll back to {snapshot}" in caplog.text
     opened = Cube.open(store.path)
     assert opened.products == ["noise", "noise, Z = 200 R^1.6"]
@@ -614,9 +614,18 @@ def test_what_frames_were_read_from_is_kept_and_another_product_is_told(tmp_path
     caplog.clear()
     store.write([replace(frame(step), source=f"title {step}\x1b") for step in range(5, 40)])
     assert len(store.products) == 8 and "\x1b" not in "".join(store.products)
-    caplog.clear()
-    store.write([replace(frame(50), source="title 50")])
+    assert store.products[-1] == "and others" and not caplog.text, "it was told once"
+
+    store = Cube.open(store.path)
+    store.write([replace(frame(0, "another"), source="not written")])
     assert not caplog.text
+    store.write([replace(frame(50), source="title 50")])
+    assert "frames of title 50 stand beside those of noise and noise, Z = 200 R^1.6 and 6 more" in caplog.text
+
+
+def test_two_products_in_the_first_commit_are_told(tmp_path, caplog):
+    new(tmp_path / "cube").write([frame(0), replace(frame(1), source="B")])
+    assert "frames of B stand beside those of noise;" in caplog.text
 
 
 @pytest.mark.parametrize("by", ["tag", "snapshot"])

@@ -217,6 +217,17 @@ def test_every_missing_frame_is_named_and_told_as_nan(tmp_path, store, pattern):
     assert not forecast(cube, Looking(1.0), store, restate=True).made
 
 
+def test_a_frame_that_is_no_longer_asked_for_has_not_come(tmp_path, store):
+    """Once the late newest frame is there, the past begins later, and a gap lies before it."""
+    frames = {5.0 * i: np.full((3, 4), float(i)) for i in (0, 1, 3, 4)}
+    cube, model = make_cube(tmp_path / "cube", frames), Certain(1.0, frames=3)
+    late = f"{START + 25 * MINUTE:%Y-%m-%dT%H:%M:%SZ}"
+    forecast(cube, model, store, init_time=late)
+    assert newest(store)[0].attributes["inputs_missing"] == "2020-06-01T00:10:00Z 2020-06-01T00:25:00Z"
+    Cube.open(cube).write([frame(25, np.full((3, 4), 5.0))])
+    assert forecast(cube, model, store, init_time=late).completed == {"20200601T002500Z": late}
+
+
 def test_init_times_without_data_name_those_that_exist(tmp_path, store):
     cube = make_cube(tmp_path / "cube", {0.0: np.ones((3, 3)), 5.0: np.ones((3, 3)), 20.0: np.ones((3, 3))})
 

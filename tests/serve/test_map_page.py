@@ -251,7 +251,7 @@ def test_a_forecast_made_without_some_frames_says_so(
         own_service.path, INIT + timedelta(minutes=10), facts={"degraded": "true", "inputs_missing": missing}
     )
     watched = open_page(browser, address, 1000, 700)
-    expect(watched.page.locator("#notice")).to_contain_text("made without the radar frames of")
+    expect(watched.page.locator("#notice")).to_contain_text("radar frames of 00:35, 00:40 UTC")
     watched.page.locator("#run").select_option(index=1)
     expect(watched.page.locator("#notice")).to_be_hidden()
     watched.page.context.close()

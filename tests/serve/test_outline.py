@@ -16,6 +16,7 @@ def square(crs: str, west: float, south: float, east: float, north: float, cells
 
 NORTH, SOUTH = "EPSG:3995", "EPSG:3031"  # polar stereographic; 0 E is down, and up
 R = 3e6  # metres
+GEOS = "+proj=geos +sweep=x +lon_0=-75 +h=35786023 +ellps=GRS80 +units=m"
 GRIDS = {
     "europe": (EUROPE, (3.70724, 43.3629, 18.8489, 52.84469)),
     "round the north pole": (square(NORTH, -R, -R, R, R), (-180, 52.3171, 180, 90)),
@@ -77,3 +78,18 @@ def test_a_ring_round_a_pole_stays_on_the_map_and_goes_back_along_the_pole(name:
     assert np.abs(ring[:, 0]).max() == 180
     at_pole = ring[np.abs(ring[:, 1]) == 90]
     assert sorted(at_pole[:, 0]) == [-180, 180]
+
+
+@pytest.mark.parametrize("cells", [64, 256, 543])
+def test_the_disk_that_a_satellite_sees_has_a_finite_outline_within_the_limb(cells: int) -> None:
+    side = 2 * 5434894.9
+    ring = outline_of(square(GEOS, -side / 2, -side / 2, side / 2, side / 2, cells))
+    assert np.isfinite(ring).all() and ring[0] == ring[-1]
+    west, south, east, north = bounds_of(ring)
+    assert -156.5 < west < -143 and -7 < east < 6.5 and -81.5 < south < -68 and 68 < north < 81.5
+    assert Polygon(ring).contains_points([(-75, 0), (-75, 60), (-120, -30)]).all()
+    assert not Polygon(ring).contains_points([(-75, 85), (60, 0), (10, 40)]).any()
+
+
+def test_a_grid_that_holds_no_place_on_earth_is_said_to_lie_anywhere() -> None:
+    assert bounds_of(outline_of(square(GEOS, -5.4e6, 5.3e6, -5.3e6, 5.4e6))) == (-180, -90, 180, 90)

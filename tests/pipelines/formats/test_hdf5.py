@@ -304,7 +304,7 @@ def test_declared_sizes_and_kinds_are_refused_before_memory_is_spent(tmp_path):
         with pytest.raises(ValueError, match="expected plain numbers"):
             hdf5.values(file["text"], (1,))
         with pytest.raises(
-            ValueError, match=r"filter 6 \(scaleoffset\): expected shuffle, deflate .*h5repack"
+            ValueError, match=r"filter 6 \(scaleoffset\): expected shuffle, fletcher32, .*h5repack"
         ):
             hdf5.values(file["scaled"], (2, 2))
 
@@ -413,6 +413,28 @@ def test_filters_that_set_no_bound_are_refused_with_their_name_and_what_to_do(tm
         for name in file:
             with pytest.raises(ValueError, match=rf"filter \d+ \({name}.*h5repack -f SHUF -f GZIP=4 OLD NEW"):
                 hdf5.part(file[name], (slice(None), slice(None)))
+
+
+@pytest.mark.parametrize("packer", ["zstd", "bzip2", "blosc_lz", "blosc_zstd"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_packers_of_newer_netcdf_are_undone_within_bounds(tmp_path, packer, shuffle):
+    path = tmp_path / "packed.nc"
+    rain = np.random.default_rng(1).integers(0, 50, (40, 30)).astype("i2")
+    with netCDF4.Dataset(path, "w") as file:
+        file.createDimension("y", 40)
+        file.createDimension("x", 30)
+        how = {"compression": packer, "shuffle": shuffle, "chunksizes": (16, 16)}
+        file.createVariable("rain", "i2", ("y", "x"), **how)[:] = rain
+    with hdf5.opened(path, LARGEST) as file:
+        np.testing.assert_array_equal(hdf5.values(file["rain"], (40, 30)), rain)
+    with h5py.File(path, "r+") as file:
+        _, packed = file["rain"].id.read_direct_chunk((0, 0))
+        file["rain"].id.write_direct_chunk((0, 0), packed[: len(packed) // 2])
+    with (
+        hdf5.opened(path, LARGEST) as file,
+        pytest.raises(ValueError, match=r"/rain has a damaged chunk .*fetch it again"),
+    ):
+        hdf5.values(file["rain"], (40, 30))
 
 
 def test_texts_and_truths_are_those_of_the_library(tmp_path):
