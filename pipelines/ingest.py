@@ -472,16 +472,15 @@ class Intake:
         self.group = self.group or frame.group
         if frame.cadence is not None:
             try:
-                with _writing(self.cube):
-                    self._cube = Cube.open_or_create(
-                        self.cube,
-                        frame.grid,
-                        frame.variable,
-                        frame.valid_time,
-                        frame.cadence,
-                        self.group,
-                        frame.scale_factor,
-                    )
+                self._cube = Cube.open_or_create(
+                    self.cube,
+                    frame.grid,
+                    frame.variable,
+                    frame.valid_time,
+                    frame.cadence,
+                    self.group,
+                    frame.scale_factor,
+                )
             except ValueError as error:
                 raise ValueError(f"{error}{self._other_window(frame.grid)}") from error
             checked = self._checked(file, frame)
@@ -550,10 +549,9 @@ class Intake:
         return frame
 
     def _write(self, frames: list[Frame]) -> list[Written]:
-        with _writing(self.cube):
-            if self._cube is None:
-                return [write_static(self.cube, frame, self.restate) for frame in frames]
-            return [self._cube.write(frames, restate=self.restate)]
+        if self._cube is None:
+            return [write_static(self.cube, frame, self.restate) for frame in frames]
+        return [self._cube.write(frames, restate=self.restate)]
 
     def _count(self, written: list[Written]) -> None:
         for part in written:
@@ -561,18 +559,6 @@ class Intake:
             self.counts["already_there"] += part.unchanged
             self.counts["conflicting"] += part.conflicting
             self.counts["restated"] += part.restated
-
-
-@contextmanager
-def _writing(cube: str) -> Iterator[None]:
-    """Says what to do where this user may not write."""
-    try:
-        yield
-    except PermissionError as error:
-        raise PermissionError(
-            f"{cube}: no frame can be written there ({error}); give this user the right to, "
-            "or choose another place by cube="
-        ) from error
 
 
 class Quarantine:

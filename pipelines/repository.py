@@ -122,7 +122,10 @@ class Repository:
                 except icechunk.IcechunkError:
                     return cls.open(path)  # made by someone else in this moment, or the reason why not
         elif not Path(path).exists() or (Path(path).is_dir() and not any(Path(path).iterdir())):
-            _create_folder(Path(path))
+            try:
+                _create_folder(Path(path))
+            except PermissionError as error:
+                raise _forbidden(path, error) from error
         return cls.open(path)
 
     @property
@@ -278,13 +281,16 @@ class Repository:
             yield
             return
         try:
-            with FileLock(Path(self.path) / "write.lock", timeout=LOCK_WAIT):
-                yield
+            held = FileLock(Path(self.path) / "write.lock", timeout=LOCK_WAIT).acquire()
+        except PermissionError as error:
+            raise _forbidden(self.path, error) from error
         except Timeout as error:
             raise ValueError(
                 f"{self.path}: another process has been writing here for {LOCK_WAIT:g} s; "
                 "try again when it is done"
             ) from error
+        with held:
+            yield
 
 
 def create_array(
@@ -322,6 +328,13 @@ def store_array(
     """An array that is written once."""
     array = create_array(group, name, dimensions, values.shape, values.dtype.str[1:], attributes, chunks)
     array[...] = values
+
+
+def _forbidden(path: str, error: PermissionError) -> PermissionError:
+    """Why nothing can be written at a place, and what to do."""
+    return PermissionError(
+        f"{path}: cannot be written ({error}); give this user the right to, or choose another place"
+    )
 
 
 def _unopened(path: str, error: icechunk.IcechunkError) -> ValueError | OSError:

@@ -134,10 +134,10 @@ function fillSlider() {
 }
 
 function tellAge() {
-  const { stale, degraded, observed_until: time, made_by: made } = state.run;
+  const { stale, degraded, observed_until: time, made_by: by } = state.run;
   const isOld = stale && state.run.name === state.runs[0].name;
   const old = isOld ? `Old data: what the newest forecast knows was observed ${age(time)}. ` : "";
-  const missing = degraded ? made.inputs_missing.split(" ").map((each) => text(each, { ...CLOCK, timeZone: "UTC" })) : [];
+  const missing = degraded ? by.inputs_missing.split(" ").map((each) => text(each, { ...CLOCK, timeZone: "UTC" })) : [];
   say(old + (degraded ? `This forecast was made without the radar frames of ${missing.join(", ")} UTC.` : ""));
 }
 

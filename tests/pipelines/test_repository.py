@@ -15,6 +15,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipelines import repository
 from pipelines.repository import Repository, create_array
+from tests.pipelines.ordinary_user import ordinary_user
 
 
 def names(place: Repository) -> set[str]:
@@ -237,6 +238,24 @@ def test_a_flipped_bit_is_an_error_and_never_another_number(tmp_path, position):
 
     with pytest.raises((ValueError, RuntimeError, OSError, icechunk.IcechunkError)):
         zarr.open_group(Repository.open(place.path).reader(snapshot), mode="r")["rain"][...]
+
+
+def test_a_place_where_this_user_may_not_write_is_told_with_what_to_do(tmp_path):
+    store = tmp_path / "store"
+    repository = Repository.open_or_create(str(store))
+    snapshot = repository.snapshot
+    repository.commit("a group", lambda made: zarr.open_group(made, mode="a").create_group("a"))
+    for place in (store / "write.lock", store, tmp_path):
+        place.chmod(0o500)
+    try:
+        with ordinary_user():
+            with pytest.raises(PermissionError, match=rf"^{store}: cannot be written .*; give this user"):
+                repository.rollback(snapshot)
+            with pytest.raises(PermissionError, match=r"/new: cannot be written .*; give this user"):
+                Repository.open_or_create(str(tmp_path / "new"))
+    finally:
+        for place in (tmp_path, store):
+            place.chmod(0o700)
 
 
 def test_a_store_that_cannot_be_written_is_told_in_one_line(tmp_path):
