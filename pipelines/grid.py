@@ -108,7 +108,11 @@ class Grid:
 
         Where the CRS holds no place on earth, such as beside a geostationary disk, both are not finite.
         """
-        lon, lat = _to_lonlat(self.crs).transform(*np.meshgrid(self.x, self.y))
+        return self.lonlat_of(*np.meshgrid(self.x, self.y))
+
+    def lonlat_of(self, x: ArrayLike, y: ArrayLike) -> tuple[Coordinates, Coordinates]:
+        """As `lonlat`, of any places in the CRS."""
+        lon, lat = _to_lonlat(self.crs).transform(np.asarray(x, float), np.asarray(y, float))
         with np.errstate(invalid="ignore"):  # a place that the CRS cannot hold is infinite
             return (np.asarray(lon) + 180) % 360 - 180, np.asarray(lat)
 

@@ -17,3 +17,8 @@ def cells(grid: Grid, lon: ArrayLike, lat: ArrayLike) -> tuple[Coordinates, Coor
 def lonlat(grid: Grid) -> tuple[Coordinates, Coordinates]:
     """As `Grid.lonlat`: degrees of every cell centre."""
     return _thread.submit(grid.lonlat).result()
+
+
+def lonlat_of(grid: Grid, x: ArrayLike, y: ArrayLike) -> tuple[Coordinates, Coordinates]:
+    """As `Grid.lonlat_of`: degrees of any places in its CRS."""
+    return _thread.submit(grid.lonlat_of, x, y).result()

@@ -11,7 +11,8 @@ Ring = list[tuple[float, float]]
 
 SIDES = 32  # parts that an edge is cut into
 EDGE = 1e-6  # cells; a pole as near as this lies on the edge, and the rim is drawn as far within
-FINE = 256  # parts of a side, where the rim is looked for within
+LOOKS = 64  # places along a side, where the middle of what lies on the earth is looked for
+HALVINGS = 30  # of a ray, in search of its end
 WORLD: Ring = [(-180.0, -90.0), (180.0, -90.0), (180.0, 90.0), (-180.0, 90.0), (-180.0, -90.0)]
 
 
@@ -75,25 +76,28 @@ def _rim(grid: Grid) -> tuple[Coordinates, Coordinates]:
 def _limb(grid: Grid) -> tuple[Coordinates, Coordinates]:
     """Points around what lies on the earth, of a grid whose rim does not, clockwise from the north.
 
-    Good to a part in `FINE`, as the disk that a satellite sees has no corner to go by.
+    They are where rays from the middle of it leave the earth or the grid; none where all is space.
     """
-    across, down = min(FINE, grid.x_size), min(FINE, grid.y_size)
-    seen = Grid(
-        grid.crs,
-        grid.x_first,
-        grid.x_step * (grid.x_size - 1) / max(1, across - 1) or grid.x_step,
-        across,
-        grid.y_first,
-        grid.y_step * (grid.y_size - 1) / max(1, down - 1) or grid.y_step,
-        down,
-    )
-    lon, lat = geometry.lonlat(seen)
-    known = np.isfinite(lat)
-    filled = np.flatnonzero(known.any(axis=1))
-    first, last = known.argmax(axis=1), across - 1 - known[:, ::-1].argmax(axis=1)
-    row = np.concatenate([filled, filled[::-1]])
-    column = np.concatenate([last[filled], first[filled[::-1]]])
-    return lon[row, column], lat[row, column]
+    west, north = grid.x_first - grid.x_step / 2, grid.y_first - grid.y_step / 2
+    wide, high = grid.x_step * grid.x_size, grid.y_step * grid.y_size
+    parts = (np.arange(LOOKS) + 0.5) / LOOKS
+    x, y = np.meshgrid(west + wide * parts, north + high * parts)
+    seen = np.isfinite(geometry.lonlat_of(grid, x, y)[1])
+    if not seen.any():
+        return np.empty(0), np.empty(0)
+    middle = np.array([x[seen].mean(), y[seen].mean()])[:, None]
+    angle = np.linspace(0, 2 * np.pi, 4 * SIDES, endpoint=False)
+    ray = np.array([np.sin(angle), np.cos(angle)])
+    with np.errstate(divide="ignore"):
+        ends = [
+            (np.array(edge)[:, None] - middle) / ray for edge in ((west, north), (west + wide, north + high))
+        ]
+    inner, outer = np.zeros(angle.size), np.where(np.stack(ends) > 0, ends, np.inf).min(axis=(0, 1))
+    for _ in range(HALVINGS):
+        half = (inner + outer) / 2
+        on_earth = np.isfinite(geometry.lonlat_of(grid, *(middle + half * ray))[1])
+        inner, outer = np.where(on_earth, half, inner), np.where(on_earth, outer, half)
+    return geometry.lonlat_of(grid, *(middle + inner * ray))
 
 
 def _depths(grid: Grid) -> Coordinates:

@@ -85,11 +85,19 @@ def test_the_disk_that_a_satellite_sees_has_a_finite_outline_within_the_limb(cel
     side = 2 * 5434894.9
     ring = outline_of(square(GEOS, -side / 2, -side / 2, side / 2, side / 2, cells))
     assert np.isfinite(ring).all() and ring[0] == ring[-1]
-    west, south, east, north = bounds_of(ring)
-    assert -156.5 < west < -143 and -7 < east < 6.5 and -81.5 < south < -68 and 68 < north < 81.5
+    # arccos(r / (r + h)) from the point below the satellite, on the equator and towards the poles
+    assert bounds_of(ring) == pytest.approx((-156.3, -81.33, 6.3, 81.33), abs=0.01)
     assert Polygon(ring).contains_points([(-75, 0), (-75, 60), (-120, -30)]).all()
     assert not Polygon(ring).contains_points([(-75, 85), (60, 0), (10, 40)]).any()
 
 
 def test_a_grid_that_holds_no_place_on_earth_is_said_to_lie_anywhere() -> None:
     assert bounds_of(outline_of(square(GEOS, -5.4e6, 5.3e6, -5.3e6, 5.4e6))) == (-180, -90, 180, 90)
+
+
+def test_a_part_of_the_disk_ends_at_its_own_edges_where_they_are_on_earth() -> None:
+    grid = square(GEOS, -5434894.9, 1e6, 0, 5434894.9, 200)
+    west, south, east, north = bounds_of(outline_of(grid))
+    _, lat = grid.lonlat()
+    assert south == pytest.approx(lat[np.isfinite(lat)].min(), abs=0.2)
+    assert east == pytest.approx(-75) and -156.3 < west < -150 and 80 < north < 81.33
