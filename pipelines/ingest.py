@@ -165,7 +165,8 @@ def ingest(
     first, last = parse_interval(start, end)
     signals: list[int] = []  # that stopped a feed
     left = Unread() if _is_remote(source) else unread(source)
-    _tell_of_files(source, left)
+    for told in left.passed_over(getattr(source, "path", None)):
+        log.warning("%s", told)
     with _ending_in_order(), Decoder(source) as decoder, spread(workers, scheduler) as workforce:
         work = (
             partial(_prepared, decoder, place)
@@ -203,29 +204,6 @@ def ingest(
             f"{intake.quarantine.path}, the first: {reasons[0]}"
         )
     return intake.result(left)
-
-
-def _tell_of_files(source: Source, left: Unread) -> None:
-    """Says which files in a source's folder are not read, and what to do.
-
-    It is the source that passes them over, in a process that can tell nothing but what it found.
-    """
-    folder = getattr(source, "path", None)
-    if left.names:
-        log.warning(
-            "%s: %d files passed over for their names, such as %r; expected letters, digits and ._@+,=:-",
-            folder,
-            len(left.names),
-            left.names[0],
-        )
-    if left.links:
-        log.warning(
-            "%s: %s not followed, such as %s; copy or hard-link what is to be read, "
-            "or give the folder that they lead to as source.path",
-            folder,
-            plural(len(left.links), "link"),
-            ", ".join(map(repr, left.links[:3])),
-        )
 
 
 def _take_new(intake: "Intake", files: list[NewFile]) -> None:

@@ -1,5 +1,6 @@
 """`replay`: stored files played into a folder or bucket as if they came live, with the faults of feeds."""
 
+import logging
 import math
 import random
 import tempfile
@@ -21,7 +22,9 @@ from pipelines.feeds.places import is_safe, refusal, s3_store
 from pipelines.feeds.web import Clock, SystemClock
 from pipelines.frame import parse_interval
 from pipelines.progress import track
-from pipelines.sources.source import RemoteFile, Source
+from pipelines.sources.source import RemoteFile, Source, unread
+
+log = logging.getLogger(__name__)
 
 ALONE = 300.0  # s, the step where one file has no other to be measured against
 
@@ -114,7 +117,8 @@ def replay(
     """Plays the files of a source within [start, end] into a folder or bucket, as if they came live.
 
     Files come in the intervals of their valid times, `speed` times as fast, and keep their names and folders;
-    speed=0 plays them in the same order without waiting. See `Faults` for the rest.
+    speed=0 plays them in the same order without waiting. See `Faults` for the rest. What is not played, as
+    its name is not safe, it is a link, or its folder cannot be listed, is told.
 
     Raises:
         ValueError: if the source has no files then, or makes its frames itself; for a speed or fault that
@@ -127,6 +131,9 @@ def replay(
             f"speed={speed}: expected 1 for real time, 60 for a minute a second, 0 without waiting"
         )
     root = _root(source, to)
+    left = unread(source)
+    for told in (*left.passed_over(str(root)), *left.folders.values()):
+        log.warning("%s", told)
     with Decoder(source) as decoder:
         first, last = parse_interval(start, end)
         stored = _stored(decoder.files(first, last))

@@ -20,7 +20,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import GCSStore, S3Store
 
-from pipelines.feeds.web import Clock, DeniedError, UnreachableError, Web
+from pipelines.feeds.web import Clock, DeniedError, NothingThereError, UnreachableError, Web
 from pipelines.sources.source import PASSED_OVER, SAFE_NAME, listable, unlistable
 
 PAGE = 1000  # names in one answer, the most that S3 gives
@@ -318,10 +318,12 @@ class WebFolder:
         self.root = root
         self.web = web
         self._pages: dict[str, tuple[dict[str, str], list[Entry | str]]] = {}
+        self._unlisted: dict[str, str] = {}
 
     def entries(self, prefix: str, after: str) -> Iterator[Entry]:
         """The files below a prefix whose keys sort after `after`, in order."""
-        return _walk(self._children, prefix, after)
+        self._unlisted = {}
+        yield from _walk(self._children, prefix, after)
 
     def folders(self, prefix: str) -> list[str]:
         """The prefixes of the folders right below a prefix, in order."""
@@ -332,8 +334,8 @@ class WebFolder:
         return ()
 
     def unlisted(self) -> Mapping[str, str]:
-        """None: what this user may not list is an error of the whole."""
-        return {}
+        """The prefixes of the folders that the server refused at the last listing, and why."""
+        return self._unlisted
 
     def local(self, entry: Entry) -> Path | None:
         """None: it lies elsewhere."""
@@ -345,7 +347,14 @@ class WebFolder:
 
     def _children(self, prefix: str) -> list[Entry | str]:
         known, children = self._pages.pop(prefix, ({}, []))
-        page = self.web.page(self.root + quote(prefix), LARGEST_PAGE, known)
+        try:
+            page = self.web.page(self.root + quote(prefix), LARGEST_PAGE, known)
+        except DeniedError as error:
+            if not prefix:
+                raise
+            if not isinstance(error, NothingThereError):  # as of one that went away
+                self._unlisted[prefix] = f"{error}, so nothing in it is read"
+            return []
         if page is not None:
             validators = (("ETag", "If-None-Match"), ("Last-Modified", "If-Modified-Since"))
             known = {ask: page.headers[told] for told, ask in validators if told in page.headers}

@@ -117,6 +117,10 @@ class DeniedError(ValueError):
     """A service answered, and asking again would bring no other answer."""
 
 
+class NothingThereError(DeniedError):
+    """It answered that there is nothing at this address (404, 410)."""
+
+
 class _FailedTryError(Exception):
     """One try failed in a way that the next may not; `rest`: the Retry-After (s)."""
 
@@ -324,6 +328,8 @@ class Web:
             return DeniedError(
                 f"{shown}: {said}: it lies at {place}; redirects are not followed, name that place"
             )
+        if error.code in (404, 410):
+            return NothingThereError(f"{shown}: {said}")
         advice = " (or no right to read it)" if error.code in (401, 403) else ""
         return DeniedError(f"{shown}: {said}{advice}")
 

@@ -113,6 +113,20 @@ class Unread:
     links: Sequence[str] = ()  # paths below the folder; none is followed
     folders: Mapping[str, str] = field(default_factory=dict)  # that cannot be listed, and why
 
+    def passed_over(self, folder: str | None) -> Iterator[str]:
+        """What a person wants to know of the files in a source's folder that are not read, and what to do."""
+        if self.names:
+            yield (
+                f"{folder}: {plural(len(self.names), 'file')} passed over for their names, such as "
+                f"{self.names[0]!r}; expected letters, digits and ._@+,=:-"
+            )
+        if self.links:
+            yield (
+                f"{folder}: {plural(len(self.links), 'link')} not followed, such as "
+                f"{', '.join(map(repr, self.links[:3]))}; copy or hard-link what is to be read, or give the "
+                "folder that they lead to as source.path"
+            )
+
 
 def unread(source: Source) -> Unread:
     """What lies in a source's folder and is passed over, though somebody may want it read.

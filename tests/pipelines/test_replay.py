@@ -20,6 +20,7 @@ from pipelines.sources.simulated import Simulated
 from pipelines.sources.source import named_files, stamp
 from tests.pipelines.feeds import faulty_store
 from tests.pipelines.feeds.faulty_store import FaultyStore
+from tests.pipelines.ordinary_user import ordinary_user
 
 DAY = datetime(2020, 6, 1, 23, tzinfo=UTC)
 STEP = timedelta(minutes=5)
@@ -273,6 +274,18 @@ def test_a_replay_onto_its_own_files_is_refused(to, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"overlaps with source\.path=in"):
         replay(Named("in"), to, speed=0, broken=1.0)
+
+
+def test_what_cannot_be_played_is_told(tmp_path, caplog):
+    stored(tmp_path / "in")
+    (tmp_path / "in" / "my rain.bin").touch()
+    closed = tmp_path / "in" / "closed"
+    closed.mkdir(mode=0o000)
+    with ordinary_user():
+        replay(Named(str(tmp_path / "in")), str(tmp_path / "out"), speed=0)
+    names, folder = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "1 file passed over for their names, such as 'my rain.bin'" in names
+    assert folder.startswith(f"{closed}: cannot be listed (Permission denied)")
 
 
 def test_a_source_that_makes_its_frames_itself_is_refused():

@@ -708,6 +708,21 @@ def test_a_web_folder_is_followed_by_its_page_and_asked_only_for_changes(page, t
     assert keys(feed.listing()) == [first]
 
 
+@pytest.mark.parametrize(("code", "is_told"), [(403, True), (401, True), (404, False), (410, False)])
+def test_a_folder_that_a_web_server_refuses_is_told_and_the_rest_is_read(code, is_told, page, tmp_path):
+    first, second = name(DAY, ""), name(DAY + MINUTE, "")
+    page.pages["/radar/"] = Answer(200, {}, INDEX.format(first).encode())
+    page.pages["/radar/sub/"] = Answer(code, {}, b"")
+    feed = open_feed(Named(f"{page.url}/radar"), tmp_path / "cache", clock=FakeClock())
+    assert keys(feed.listing()) == [first]
+    assert list(feed.unlisted) == ([f"{page.url}/radar/sub"] if is_told else [])
+    assert all(f"HTTP {code}" in reason for reason in feed.unlisted.values())
+
+    page.pages["/radar/sub/"] = Answer(200, {}, f'<a href="{second}">{second}</a> 2020'.encode())
+    assert keys(feed.listing()) == [f"sub/{second}"]
+    assert feed.unlisted == {}
+
+
 @pytest.mark.parametrize(
     ("path", "root"),
     [
