@@ -17,6 +17,7 @@ from pipelines.forecast import forecast
 from pipelines.runs import ForecastStore
 from pipelines.ship import ship
 from pipelines.trained import trained
+from tests.pipelines.known_answer import FILE, answer
 from tests.pipelines.training import ROOT, drifting, made_cube, trained_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +63,15 @@ def test_a_forecast_with_it_needs_no_training_and_says_what_made_it(installed, c
     [name] = ours.names()
     assert ours.dataset(name).equals(others.dataset(name))
     assert ours.header(name).attributes["model_sha256"] == trained(run).sha256
+
+
+def test_the_model_that_ships_says_what_it_said_when_it_shipped():
+    model, known = trained("pretrained"), json.loads(FILE.read_text())
+    assert model.sha256 == known["sha256"], "another model ships: python -m tests.pipelines.known_answer"
+    said = answer(model)
+    for name, numbers in known.items():
+        if name != "sha256":
+            assert said[name] == pytest.approx(numbers, abs=5e-4), name
 
 
 def test_a_folder_of_yours_with_that_name_is_named_with_its_path(installed, caplog):
