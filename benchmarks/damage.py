@@ -342,6 +342,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     asked = parser.parse_args()
+    known = sorted({sample.config for sample in SAMPLES})
+    if unknown := set(asked.configs) - set(known):
+        parser.error(f"{' '.join(sorted(unknown))}: none of {', '.join(known)}")
     chosen = [sample for sample in SAMPLES if not asked.configs or sample.config in asked.configs]
     weight = sum(sample.weight for sample in chosen)
     begin = time.monotonic()

@@ -2,8 +2,9 @@
 
 The newest 1, 2, ... frames of all but one are lost; the oldest are; a quarter of the circle is cut out of
 every frame (a dead radar); the whole source is 10, 20 or 30 minutes late, so that older frames stand in with
-their true ages; and all is lost at once. Each is forecast from the same init times, and scored on the same
-pixels: all that were observed later. The window of the grid is the one with the most rain.
+their true ages; and all is lost at once. Each is forecast from the same init times, and scored on the pixels
+that were observed later and have a forecast; how many of those that were ever seen have none is told beside
+it. The window of the grid is the one with the most rain.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Outcome:
     rain: float  # Brier score at 1 mm/h
     width: float  # mm/h, between the quantiles 0.1 and 0.9
     entropy: float  # nats, of the classes
-    missing: float  # share of the pixels, observed in any past frame, without a forecast
+    missing: float  # share without a forecast of the pixels that any past frame observed, and a later one
 
 
 def drills(case: Case) -> Iterator[tuple[str, Batch]]:
@@ -82,25 +83,25 @@ def sector(batch: Batch) -> Tensor:
 
 def outcomes(model: TrainedModel, cases: Sequence[Case]) -> dict[str, Outcome]:
     """What each drill does to a model."""
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor | int] = {}
     for case in track(cases, "drills", total=len(cases)):
         for name, batch in drills(case):
             seen = ~batch.radar.isnan().all(dim=1, keepdim=True)
-            sums[name] = sums.get(name, torch.zeros(7, dtype=torch.float64)) + _sums(
-                model(batch), case.target, seen
-            )
-    return {name: Outcome(*(total[:6] / total[6]).tolist()) for name, total in sums.items()}
+            sums[name] = sums.get(name, 0) + _sums(model(batch), case.target, seen)
+    return {name: Outcome(*(total[0] / total[1]).tolist()) for name, total in sums.items()}
 
 
 def _sums(forecast: BinnedForecast, target: Tensor, seen: Tensor) -> Tensor:
-    """What `Outcome` tells, summed over the observed pixels, and their number."""
-    crps, counted = forecast.crps(target), ~target.isnan()
+    """What `Outcome` tells, summed over the pixels that count for it, and their number."""
+    crps, later = forecast.crps(target), ~target.isnan()
     briers = [(forecast.probability_above(rate) - (target >= rate).float()).square() for rate in (0.1, 1.0)]
     width = forecast.quantile(0.9) - forecast.quantile(0.1)
     entropy = torch.special.entr(forecast.probability).sum(dim=2)
-    holes = (forecast.mean().isnan() & seen).float()
-    each = [field[counted].double().nansum() for field in (crps, *briers, width, entropy, holes)]
-    return torch.stack([*each, counted.sum().double()])
+    missing = forecast.mean().isnan()
+    each = [(field, later & ~missing) for field in (crps, *briers, width, entropy)]
+    told = [torch.stack([field[at].double().sum(), at.sum()]) for field, at in each]
+    told.append(torch.stack([(missing & later & seen).sum(), (later & seen).sum().clamp(min=1)]))
+    return torch.stack(told, dim=1)
 
 
 def cases(

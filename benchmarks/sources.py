@@ -418,6 +418,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often each of them is read")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     asked = parser.parse_args()
+    known = sorted({contest.config for contest in CONTESTS})
+    if unknown := set(asked.configs) - set(known):
+        parser.error(f"{' '.join(sorted(unknown))}: none of {', '.join(known)}")
     if not asked.data.is_dir():
         print(f"skipped: no real files at {asked.data}; give their folder with --data")
         return 0
@@ -426,8 +429,6 @@ def main() -> int:
         for number, contest in enumerate(CONTESTS)
         if not asked.configs or contest.config in asked.configs
     ]
-    if not chosen:
-        parser.error(f"{' '.join(asked.configs)}: none of {', '.join(sorted({c.config for c in CONTESTS}))}")
     begin = time.monotonic()
     for line in (HEADS, ("---",) * len(HEADS)):
         print("| " + " | ".join(line) + " |", flush=True)

@@ -115,15 +115,16 @@ class AxialHead(nn.Module):
         """
         self._check(logits)
         batch, leads, bins, rows, columns = logits.shape
+        drawn_on = logits.device if generator is None else generator.device
         every = repeat(logits.log_softmax(dim=2), "batch ... -> (batch member) ...", member=count)
         codes = torch.zeros(batch * count, leads, rows, columns, dtype=torch.long, device=logits.device)
         for lead in range(leads):
             index = torch.full((len(codes),), lead, device=codes.device)
             told = self.decoder.encoder(codes, index, _above(every[:, lead]), dropout=0.0)
-            noise = gumbel(len(codes), rows, columns, bins, generator=generator, device=logits.device)
+            noise = gumbel(len(codes), rows, columns, bins, generator=generator, device=drawn_on)
             chance = noise.to(every) + rearrange(every[:, lead], "n bin y x -> n y x bin")
             codes[:, lead] = self.decoder.decoder.sample(F.pad(chance, (1, 0), value=-torch.inf), told)
-        level = torch.rand(len(codes), leads, 1, 1, generator=generator).to(every)
+        level = torch.rand(len(codes), leads, 1, 1, generator=generator, device=drawn_on).to(every)
         rates = self._rates(codes - 1, level)
         return rearrange(rates, "(batch member) lead y x -> batch member lead y x", member=count)
 

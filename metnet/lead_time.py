@@ -84,7 +84,8 @@ class LeadTimePlanes(nn.Module):
             ValueError: for one before the first plane's or after the last one's.
         """
         last = self.step * self.count
-        outside = [lead for lead in lead_times if not self.step <= lead <= last]
+        near = 1e-6  # lead times may have come by float32
+        outside = [lead for lead in lead_times if not self.step * (1 - near) <= lead <= last * (1 + near)]
         if outside:
             raise ValueError(
                 f"lead times {', '.join(f'{lead:g}' for lead in outside)} min: the network's planes stand "

@@ -130,7 +130,7 @@ class MetNet1(nn.Module):
         logits: Tensor = rearrange(
             self.head(field), "(batch lead) bin y x -> batch lead bin y x", lead=len(lead_time)
         )
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # as `Head` does
 
     def preprocess(self, batch: Batch) -> Float[Tensor, "batch time channel quarter quarter"]:
         """All that a frame shows, on a quarter of the side: 46 channels where the satellite has 16.

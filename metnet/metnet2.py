@@ -133,7 +133,7 @@ class MetNet2(nn.Module):
         logits: Tensor = rearrange(
             self.head(self.fine(field, told)), "(batch lead) bin y x -> batch lead bin y x", lead=lead
         )
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # as `Head` does
 
     def covered(self, lead_time: Float[Tensor, "lead"], summed: bool = False) -> Float[Tensor, "lead when"]:
         """1 for each step of time that a forecast is about, the last at its lead time; 0 for the others.

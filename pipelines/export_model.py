@@ -455,6 +455,8 @@ def _real(
     """What a forecaster sees in the wettest of some frames; beside the rain, made-up fields."""
     y, x, rows, columns = window
     held = [time for time, is_there in zip(cube.times, cube.observed, strict=True) if is_there]
+    if not held:
+        raise ValueError(f"{cube.path}: holds no frame to try the graph on; give another cube=")
     some = [held[round(place)] for place in np.linspace(0, len(held) - 1, min(LOOKED_AT, len(held)))]
     wettest = max(some, key=lambda time: float(np.nansum(cube.block(time, 1, window))))
     whole = past(cube, wettest, made.frames, lead_times)

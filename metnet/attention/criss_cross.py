@@ -3,13 +3,14 @@
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from metnet.attention.lines import no_autocast, nothing
 
 COLUMN, ROW = 1, 2  # the axes of (batch, y, x, channel) along which a pixel looks
 CPU_SCORES = 1 << 19  # bytes of scores at once: what stays in a core's cache
@@ -241,8 +242,7 @@ def _looked(module: Any, x: Tensor, along: tuple[int, ...], scale: bool = False)
     ask_bias = torch.cat([query.bias / root, key.bias])
     tell, tell_bias = gamma * value.weight.flatten(1), gamma * value.bias
     if x.numel() == 0:
-        nothing: Tensor = x + 0 * sum(t.sum() for t in (ask, ask_bias, tell, tell_bias))
-        return nothing
+        return nothing(x, (ask, ask_bias, tell, tell_bias))
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _plain(x, ask, ask_bias, tell, tell_bias, along)
     result: Tensor = _Looked.apply(x, ask, ask_bias, tell, tell_bias, along)  # type: ignore[no-untyped-call]
@@ -285,13 +285,14 @@ class _Looked(torch.autograd.Function):
         along: tuple[int, ...],
     ) -> Tensor:
         low = _autocast_dtype(x)
-        with _no_autocast(x.device):
+        with no_autocast(x.device):
             pixels = _pixels(x.to(low))
             asked = F.linear(pixels, ask.to(low), ask_bias.to(low))
             query, key = asked.chunk(2, dim=-1)
             mean, log_total = _mean_along(query, key, pixels, along)
-            y = (x.flatten(2) + tell_bias.to(x.dtype)[:, None]).to(low)
-            y.baddbmm_(tell.to(low).expand(len(x), -1, -1), mean.flatten(1, 2).mT)
+            y = x.flatten(2) + tell_bias.to(x.dtype)[:, None]
+            told, mixed = tell.to(low).expand(len(x), -1, -1), mean.flatten(1, 2).mT
+            y = y.baddbmm_(told, mixed) if low == x.dtype else y + torch.bmm(told, mixed)
         ctx.save_for_backward(x, ask, ask_bias, tell, tell_bias, pixels, asked, mean, log_total)
         ctx.along = along
         return y.view(x.shape).to(x.dtype)
@@ -305,7 +306,7 @@ class _Looked(torch.autograd.Function):
             wanted = [t for t, needed in zip(given, ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:5]), None)
-        with _no_autocast(x.device):
+        with no_autocast(x.device):
             low = pixels.dtype
             dy3 = dy.to(low).flatten(2)
             dmean = torch.bmm(dy3.mT, tell.to(low).expand(len(x), -1, -1)).view_as(pixels)
@@ -329,12 +330,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     """What products are taken in."""
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else x.dtype
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

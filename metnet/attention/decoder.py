@@ -176,7 +176,7 @@ class AxialDecoder(nn.Module):
         _check_bins(x, (self.height, self.width), self.num_bins)
         dropout = self.dropout if self.training else 0.0
         here = _known_beforehand(self.pos_h, self.pos_w, self.cond_proj, cond, len(x))
-        pixels = self.emb(x)
+        pixels = self.emb(x.long())
         above = pixels + here
         for block in self.outer:
             above = block(above, dropout)
@@ -377,8 +377,17 @@ class AxialSliceDecoder(nn.Module):
         index: Int[Tensor, "batch"],
         cond: Float[Tensor, "batch y x cond"] | None = None,
     ) -> Float[Tensor, "batch"]:
-        """`log_prob` of one slice of each series given those before it; draw `index` at random to train."""
+        """`log_prob` of one slice of each series given those before it; draw `index` at random to train.
+
+        Raises:
+            ValueError: for other bins, or an `index` of another length or beyond the slices.
+        """
         _check_bins(x, (self.encoder.num_slices, *self._grid), self.decoder.num_bins)
+        if index.shape != x.shape[:1]:
+            raise ValueError(
+                f"index has shape {tuple(index.shape)}: expected one for each of {len(x)} series"
+            )
+        _check_values("index", index, self.encoder.num_slices, "num_slices")
         return _log_prob(self._slice_logits(x, index, cond), _slice(x, index))
 
     @torch.no_grad()
@@ -464,11 +473,16 @@ def _check_bins(x: Tensor, expected: tuple[int, ...], num_bins: int) -> None:
     """Raises ValueError for another shape, or a value that is no bin (not looked at while compiling)."""
     if x.shape[1:] != expected:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (batch, {expected})")
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    _check_values("x", x, num_bins, "num_bins")
+
+
+def _check_values(name: str, numbers: Tensor, count: int, of: str) -> None:
+    """Raises ValueError for a number that is none of 0 to count - 1 (not looked at while compiling)."""
+    if torch.compiler.is_compiling() or numbers.numel() == 0:
         return
-    least, most = (int(end) for end in x.aminmax())
-    if least < 0 or most >= num_bins:
-        raise ValueError(f"x holds bins {least}..{most}: expected 0..{num_bins - 1} for num_bins={num_bins}")
+    least, most = (int(end) for end in numbers.aminmax())
+    if least < 0 or most >= count:
+        raise ValueError(f"{name} holds {least}..{most}: expected 0..{count - 1} for {of}={count}")
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metnet.attention.lines import nothing
+
 
 class ExternalAttention(nn.Module):
     """Every pixel reads the same `k` learned slots, and keeps what it was: `relu(bn(conv(read)) + x)`.
@@ -56,7 +58,7 @@ class ExternalAttention(nn.Module):
                 f"x has shape {tuple(x.shape)}: expected a batch of grids with c={self.c} channels at index 1"
             )
         if x.numel() == 0:
-            return F.relu(x)
+            return nothing(F.relu(x), self.parameters())
         pixels = x.flatten(2)
         into: Any = self.conv1
         out: Any = self.conv2[0]
@@ -108,7 +110,7 @@ class TokenExternalAttention(nn.Module):
         """
         _check_tokens("queries", queries, "d_model", self.mk.in_features)
         if queries.numel() == 0:
-            return torch.zeros_like(queries)
+            return nothing(queries, self.parameters())
         share = shares(self.mk(queries), -2, -1, self.eps)
         read: Tensor = self.mv(share.to(queries.dtype))
         return read
@@ -169,7 +171,7 @@ class MultiHeadExternalAttention(nn.Module):
         """
         _check_tokens("x", x, "dim", self.trans_dims.in_features)
         if x.numel() == 0:
-            return torch.zeros_like(x)
+            return nothing(x, self.parameters())
         wide = torch.unflatten(self.trans_dims(x), -1, (self.heads, -1))
         asked = self.linear_0(wide) * self.scale
         share = self.attn_drop(shares(asked, 1, -1, self.eps).to(wide.dtype))

@@ -5,7 +5,7 @@ worked out again. That saves their memory, and the time of fetching and filling 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -41,12 +41,13 @@ def attend(
     """
     flat = [weight for of_axis in weights for weight in of_axis]
     if x.numel() == 0:
-        nothing: Tensor = x + 0 * sum(weight.sum() for weight in flat)
-        return nothing
+        return nothing(x, flat)
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
         # backwards, torch's own attention takes twice as long in bfloat16 on a CPU as lines in float32
+        wide = [Projections(*map(_wide, of_axis)) for of_axis in weights]
         with torch.autocast("cpu", enabled=False):
-            return attend(x.float(), index, axes, heads, weights)
+            y = attend(_wide(x), index, axes, heads, wide)
+        return y.to(torch.promote_types(x.dtype, flat[0].dtype))
     fits = [_fits(x, axis) for axis in axes]
     if not any(fits):
         return _plain(x, index, axes, heads, flat)
@@ -59,6 +60,17 @@ def attend(
     kept = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat))
     attended: Tensor = _Attended.apply(x, index, tuple(axes), heads, kept, *flat)  # type: ignore[no-untyped-call]
     return attended
+
+
+def nothing(like: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """What comes of no place at all: as empty as `like`; the gradient of the weights is then 0, not None."""
+    empty: Tensor = like + 0 * sum(weight.sum() for weight in weights)
+    return empty
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _fits(x: Tensor, axis: int) -> bool:
@@ -159,7 +171,7 @@ def _slopes(
     dx = torch.zeros_like(last) if wanted[0] else None
     dflat: list[Tensor | None] = []
     dbias = dlast.flatten(0, -2).sum(0) if any(wanted[1:]) else None
-    with _no_autocast(last.device):
+    with no_autocast(last.device):
         for n, (axis, of_axis) in enumerate(zip(ctx.axes, weights, strict=True)):
             along = _Along(_folded(last, axis, ctx.index), of_axis, ctx.heads)
             target = None if dx is None else _folded(dx, axis, ctx.index)
@@ -335,6 +347,7 @@ def _transpose(given: Float[Tensor, "n a b"], into: Float[Tensor, "n b a"]) -> N
         other.copy_(one.t())
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products inside are taken in the type of what is multiplied."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

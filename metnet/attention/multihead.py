@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metnet.attention.lines import Projections, attend, mixture
+from metnet.attention.lines import Projections, attend, mixture, nothing
 
 
 class SelfAttention(nn.Module):
@@ -37,14 +37,19 @@ class SelfAttention(nn.Module):
         """The mixture of values that each place of `x` asks for, from `kv` or from `x` itself.
 
         Raises:
-            ValueError: for other channels than `dim`, or a `kv` without a place.
+            ValueError: for other channels than `dim`, or a `kv` of other lines or without a place.
         """
         self._check("x", x)
         if kv is None:
             return attend(x, 2, (1,), self.heads, [self.projections()])
         self._check("kv", kv)
-        if 0 in (*x.shape, *kv.shape):
-            return self._nothing(x, kv)
+        if len(kv) != len(x) or (x.numel() and not kv.shape[1]):
+            raise ValueError(
+                f"kv has shape {tuple(kv.shape)}: expected the {len(x)} lines of x, "
+                "and at least 1 place to attend to"
+            )
+        if x.numel() == 0:
+            return nothing(x, (kv, *self.parameters()))
         k, v = self.to_kv(kv).chunk(2, dim=-1)
         merged: Tensor = self.to_out(mixture(self.to_q(x), k, v, self.heads))
         return merged
@@ -52,12 +57,6 @@ class SelfAttention(nn.Module):
     def projections(self) -> Projections:
         """The weights, as `attend` takes them."""
         return Projections(self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.to_out.bias)
-
-    def _nothing(self, x: Tensor, kv: Tensor) -> Tensor:
-        if x.numel() and not kv.shape[1]:
-            raise ValueError(f"kv has shape {tuple(kv.shape)}: expected at least 1 place to attend to")
-        nothing: Tensor = x + 0 * (kv.sum() + sum(weight.sum() for weight in self.parameters()))
-        return nothing
 
     def _check(self, name: str, lines: Tensor) -> None:
         dim = self.to_q.in_features

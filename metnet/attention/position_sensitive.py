@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from metnet.attention.lines import no_autocast, nothing
 
 CPU_SCORES = 1 << 20  # bytes of scores at once: what stays in a core's cache
 DEVICE_SCORES = 1 << 28  # and on an accelerator, which wants few large products
@@ -95,7 +96,8 @@ class PositionSensitiveAxialAttention(nn.Module):
         """
         places = self._check(x)
         if x.numel() == 0:
-            return F.avg_pool2d(x.new_zeros(len(x), self.out_planes, *x.shape[2:]), self.stride)
+            empty = x.sum() + x.new_zeros(len(x), self.out_planes, *x.shape[2:])
+            return nothing(F.avg_pool2d(empty, self.stride), self.parameters())
         lines = x if self.width else x.mT
         shape = lines.shape[2:]
         qkv = self._projected(lines.flatten(2)).view(len(x), self.groups, -1, *shape)
@@ -356,7 +358,7 @@ class _Attended(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, factor: Tensor, window: Tensor, mask: Tensor | None) -> Tensor:
         batch, groups, channels, lines, places = qkv.shape
         both = qkv.new_empty(batch, groups, channels // 2, 2, lines, places)
-        with _no_autocast(qkv.device):
+        with no_autocast(qkv.device):
             of_v = window[:, channels // 2 :]
             for part in _parts(qkv):
                 t, scale = _taken(qkv, part), _per_line(factor, qkv, part)
@@ -380,7 +382,7 @@ class _Attended(torch.autograd.Function):
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None)
         dqkv, dfactor = torch.empty_like(qkv), torch.zeros_like(factor)
         dwindow = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in _split(window)]
-        with _no_autocast(qkv.device):
+        with no_autocast(qkv.device):
             for part in _parts(qkv):
                 t, scale = _taken(qkv, part), _per_line(factor, qkv, part)
                 dt, dscale = _back(t, scale, window, mask, _taken(dboth.flatten(2, 3), part), dwindow)
@@ -388,11 +390,6 @@ class _Attended(torch.autograd.Function):
                 target.copy_(_as_part(dt, target.shape))
                 dfactor += dscale.view(3, -1, factor.shape[1]).sum(1)
         return dqkv, dfactor, torch.cat(dwindow, dim=1), None
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _parts(qkv: Lines) -> Iterator[Part]:

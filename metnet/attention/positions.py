@@ -20,7 +20,7 @@ class AxialPositionalEmbedding(nn.Module):
             features.
 
     Raises:
-        ValueError: for an `emb_dim_index` that names the batch or no dimension.
+        ValueError: for an `emb_dim_index` that names the batch or no dimension, or fewer than 1 of anything.
     """
 
     def __init__(
@@ -32,6 +32,8 @@ class AxialPositionalEmbedding(nn.Module):
         scale: float = 1.0,
     ):
         super().__init__()
+        if min(dim, *shape) < 1:
+            raise ValueError(f"dim={dim}, shape={tuple(shape)}: expected at least 1 of each")
         dims = len(shape) + 2
         index = emb_dim_index + dims if emb_dim_index < 0 else emb_dim_index
         if not 0 < index < dims:

@@ -66,6 +66,11 @@ def test_between_two_planes_a_lead_time_has_a_share_of_both():
     torch.testing.assert_close(planes_of(12.0), torch.tensor([[0.0, 0.6, 0.4, 0.0]]))
 
 
+@pytest.mark.parametrize(("step", "count"), [(0.7, 5), (3.3, 7), (0.1, 3)])
+def test_the_first_and_the_last_plane_are_reached_in_float32_too(step, count):
+    LeadTimePlanes(step, count).check(torch.tensor([step, step * count]).tolist())
+
+
 @pytest.mark.parametrize("minutes", [0.0, 4.9, 20.1, float("nan")])
 def test_a_lead_time_without_a_plane_is_refused(minutes):
     with pytest.raises(ValueError, match="stand for 5 to 20 min"):

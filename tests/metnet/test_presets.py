@@ -134,6 +134,14 @@ def test_metnet1_is_finite_whatever_is_missing_and_begins_as_climatology():
     assert (said.probability_above(1.0) > 0.05).all()
 
 
+def test_512_classes_are_told_in_float32_under_autocast_too():
+    net, batch = small_metnet1(), published_batch(64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        said = net(batch)
+    assert said.probability.dtype == torch.float32
+    torch.testing.assert_close(said.probability.sum(dim=2), torch.ones(1, 2, 4, 4))
+
+
 def test_metnet1_says_what_is_missing():
     batch = published_batch(64)
     with pytest.raises(ValueError, match=r"no satellite: .* \(7, 16, 64, 64\)"):

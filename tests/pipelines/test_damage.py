@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
+from benchmarks import damage, sources
 from benchmarks.damage import HANGS, ROOT, SAMPLES, Sample, account, source_of
 from pipelines.decode import Decoder
 from pipelines.decoding.refusal import Code, Refusal
@@ -37,6 +38,14 @@ def test_no_damaged_copy_enters_with_another_place_or_time(data, sample):
 @pytest.mark.parametrize("sample", SAMPLES, ids=[sample.config for sample in SAMPLES])
 def test_no_damaged_copy_of_many_enters_with_another_place_or_time(data, sample):
     check(sample, data, copies=10 * sample.weight)
+
+
+@pytest.mark.parametrize("benchmark", [damage.main, sources.main])
+def test_a_benchmark_of_a_source_that_is_none_says_so(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "knmi", "nosuch"])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark()
+    assert "error: nosuch: none of " in capsys.readouterr().err
 
 
 def check(sample: Sample, data: Path, copies: int) -> None:

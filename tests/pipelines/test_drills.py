@@ -9,10 +9,11 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from benchmarks.drills import cases, outcomes, sector
+from benchmarks.drills import _sums, cases, outcomes, sector
 from metnet.batch import Batch
 from metnet.model import MetNet
 from metnet.prior import Pixels
+from metnet.rain import BinnedForecast, RainBins
 from pipelines.cf import RAINFALL_RATE
 from pipelines.cube import Cube
 from pipelines.frame import Frame
@@ -94,6 +95,19 @@ def test_a_dead_radar_costs_skill_and_less_than_all_of_them(found):
     whole, dead, nothing = (found[name] for name in ("as it is", "90 degree sector cut", "nothing at all"))
     assert whole.crps < dead.crps < nothing.crps
     assert whole.rain < dead.rain < nothing.rain
+
+
+def test_a_forecast_with_holes_is_judged_where_there_is_one():
+    random = torch.Generator().manual_seed(0)
+    bins, target = RainBins((0.5, 2.0), 5.0), 3 * torch.rand(1, 1, 8, 8, generator=random)
+    whole = torch.rand(1, 1, 3, 8, 8, generator=random).softmax(dim=2)
+    holed, seen = whole.clone(), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    upper = (..., slice(4), slice(None))
+    holed[upper] = torch.nan
+    seen[..., 6:] = False
+    sums, half = _sums(BinnedForecast(holed, bins), target, seen), (..., slice(4, None), slice(None))
+    without = _sums(BinnedForecast(whole[half], bins), target[half], seen[half])
+    assert torch.allclose(sums[0] / sums[1], without[0] / without[1] + torch.tensor([0] * 5 + [0.5]))
 
 
 def test_the_sector_is_a_quarter_of_the_circle_to_the_north_east():

@@ -279,6 +279,13 @@ def test_it_says_what_no_graph_can_be_written_for(cube, tmp_path):
         written(slow, cube, to)
 
 
+def test_a_cube_without_frames_is_refused(cube, tmp_path):
+    like, empty = rain_cube(str(cube)), str(tmp_path / "empty")
+    Cube.open_or_create(empty, like.grid, RAINFALL_RATE, like.times[0], like.cadence)
+    with pytest.raises(ValueError, match="empty: holds no frame to try the graph on"):
+        written(made(small(), cube), empty, tmp_path / "model.pt2")
+
+
 def test_lead_times_that_a_network_never_learned_are_told(cube, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(export_model, "Graph", None)  # it is told before the long work
     for leads, told in (

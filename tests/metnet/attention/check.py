@@ -64,7 +64,11 @@ def _check_samples_apart(block: nn.Module, x: Tensor) -> None:
         together = block(x)
         for n in range(len(x)):
             torch.testing.assert_close(block(x[n : n + 1])[0], together[n], rtol=1e-4, atol=1e-5)
-        assert block(x[:0]).shape == (0, *together.shape[1:])
+    none = block(x[:0])
+    assert none.shape == (0, *together.shape[1:])
+    none.sum().backward()
+    assert all(weight.grad is not None for weight in block.parameters()), "a batch of none cuts a weight off"
+    block.zero_grad()
 
 
 def _check_inputs(block: nn.Module, x: Tensor) -> None:
@@ -109,6 +113,9 @@ def _check_low_precision(block: nn.Module, x: Tensor) -> None:
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
     y.float().sum().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in low.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (low(x.bfloat16()) - expected).norm() < 0.2 * expected.norm(), "autocast of a low block strays"
+        torch.testing.assert_close(block.double()(x.double()), expected.double(), rtol=1e-3, atol=1e-4)
 
 
 class Largest(TorchDispatchMode):

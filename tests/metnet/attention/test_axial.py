@@ -207,6 +207,9 @@ def test_nothing_to_attend_to_is_refused():
     attention = SelfAttention(8, 2)
     with pytest.raises(ValueError, match=r"kv has shape \(2, 0, 8\)"):
         attention(torch.zeros(2, 3, 8), kv=torch.zeros(2, 0, 8))
+    for x, kv in ((2, 1), (2, 3), (2, 0), (0, 2)):
+        with pytest.raises(ValueError, match=rf"kv has shape \({kv}, 4, 8\): expected the {x} lines of x"):
+            attention(torch.zeros(x, 3, 8), kv=torch.zeros(kv, 4, 8))
     with pytest.raises(ValueError, match=r"kv has shape \(2, 3, 7\)"):
         attention(torch.zeros(2, 3, 8), kv=torch.zeros(2, 3, 7))
     with pytest.raises(ValueError, match="dim=8"):

@@ -221,6 +221,8 @@ def test_at_the_start_the_block_is_the_identity_and_only_gamma_moves():
     y.square().sum().backward()
     moving = [name for name, weight in block.named_parameters() if weight.grad.abs().max() > 0]
     assert moving == ["gamma"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), x)
 
 
 def test_scale_divides_the_scores_by_the_root_of_the_query_channels():

@@ -435,7 +435,7 @@ def test_wrong_inputs_are_told_what_was_expected():
     x, noise = maps(2, 3, 4), noise_for(2, 3, 4, 3)
     with pytest.raises(ValueError, match=r"x has shape \(2, 1, 4\): expected \(batch, \(3, 4\)\)"):
         module.logits(x[:, :1])
-    with pytest.raises(ValueError, match=r"bins 0..3: expected 0..2 for num_bins=3"):
+    with pytest.raises(ValueError, match=r"x holds 0..3: expected 0..2 for num_bins=3"):
         module.log_prob(x.clamp(max=1) * 3)
     with pytest.raises(ValueError, match="cond is given"):
         module.logits(x, conditions(2, 3, 4, 2))
@@ -449,6 +449,16 @@ def test_wrong_inputs_are_told_what_was_expected():
         module.sample(noise / 0 * 0)
     with pytest.raises(ValueError, match="temperature=-1"):
         module.sample(noise, temperature=-1)
+    some = series(3, 4)
+    frames = torch.zeros(2, some.encoder.num_slices, 3, 4, dtype=torch.uint8)
+    for index, message in (
+        ([0], r"index has shape \(1,\): expected one for each of 2 series"),
+        ([0, -1], r"index holds -1\.\.0: expected 0"),
+        ([0, some.encoder.num_slices], r"index holds 0\.\..*: expected 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            some.slice_log_prob(frames, torch.tensor(index))
+    assert some.slice_log_prob(frames, torch.tensor([0, 1])).isfinite().all()  # of bytes too
     with pytest.raises(ValueError, match="cond_dim=2: expected the encoder's dim=8"):
         AxialSliceDecoder(series(3, 4).encoder, told)
     with pytest.raises(ValueError, match="height=2 and 3: expected the same"):

@@ -78,6 +78,12 @@ def test_it_behaves_as_a_block():
     check_block(lambda: AxialPositionalEmbedding(16, (3, 9), interpolate=True))
 
 
+@pytest.mark.parametrize(("dim", "shape"), [(0, (3, 4)), (8, (0, 6)), (8, (3, -1))])
+def test_a_grid_without_places_is_refused(dim, shape):
+    with pytest.raises(ValueError, match=rf"dim={dim}, shape=.*: expected at least 1 of each"):
+        AxialPositionalEmbedding(dim, shape)
+
+
 def test_the_scale_is_the_standard_deviation_at_the_start():
     torch.manual_seed(0)
     weights = torch.cat(
