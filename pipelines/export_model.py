@@ -120,7 +120,18 @@ def export(
     made = trained(path)
     learned = [opened["path"] for opened in made.card["cubes"]]
     leads = made.lead_times if lead_times is None else tuple(float(lead) for lead in lead_times)
-    return write_graph(made, target, rain_cube(learned[0] if cube is None else cube), size, leads)
+    return write_graph(made, target, _cube(learned[0]) if cube is None else rain_cube(cube), size, leads)
+
+
+def _cube(learned: str) -> Observations:
+    """The first cube that a network learned from, if it is here."""
+    try:
+        return rain_cube(learned)
+    except ValueError as error:
+        raise ValueError(
+            f"cube=null: the cube that the network learned from is not here ({error}); give cube=CUBE of "
+            "the grid and cadence that the graph is for"
+        ) from None
 
 
 def write_graph(

@@ -146,6 +146,7 @@ def forecast(
     made_of = {**_provenance(opened, model, config), **_facts(model, limits, leads).attributes()}
     headers = [RunHeader(init, opened.grid, leads, limits, levels, made_of) for init in inits]
     store = ForecastStore.open_or_create(forecasts)
+    _warn_of_what_is_unlike(store, opened, leads)
     made: dict[str, _Run] = {}
     completed: dict[str, str] = {}
     blind: set[str] = set()
@@ -176,6 +177,28 @@ def forecast(
         seconds=monotonic() - began,
         export=export,
     )
+
+
+def _warn_of_what_is_unlike(store: ForecastStore, cube: Observations, leads: Sequence[float]) -> None:
+    """Says of a grid or of lead times that they fit neither the runs that are there nor the cube's frames."""
+    names = store.names()
+    if names and store.header(names[-1]).grid != cube.grid:
+        log.warning(
+            "%s: its newest run, %s, has another grid than the cube %s; runs are verified and shown one grid "
+            "at a time, so give another domain a store of its own (forecasts=)",
+            store.path,
+            names[-1],
+            cube.path,
+        )
+    steps = [lead / _minutes(cube) for lead in leads]
+    between = [f"{lead:g}" for lead, step in zip(leads, steps, strict=True) if abs(step - round(step)) > 1e-3]
+    if between:
+        log.warning(
+            "lead_times: at %s min the cube %s has no frame, one every %g min: these cannot be verified",
+            ", ".join(between),
+            cube.path,
+            _minutes(cube),
+        )
 
 
 def from_path(path: str) -> TrainedModel:

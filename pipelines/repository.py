@@ -153,7 +153,11 @@ class Repository:
             newest, tags = self.snapshot, self.tags()
             snapshot = tags.get(snapshot, snapshot)
             lines = [{"branch": BRANCH}, *({"tag": tag} for tag in tags)]
-            known = {commit.id for line in lines for commit in self._repository.ancestry(**line)}
+            known = {commit.id: commit for line in lines for commit in self._repository.ancestry(**line)}
+            if snapshot in known and known[snapshot].parent_id is None:
+                raise ValueError(
+                    f"{self.path}: {snapshot} is of before anything was written; a new path begins afresh"
+                )
             if snapshot == newest or snapshot not in known:
                 raise ValueError(
                     f"{self.path}: {snapshot} is "

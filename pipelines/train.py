@@ -57,6 +57,7 @@ from pipelines.version import version
 
 NOTHING_DROPPED = DropOut()
 VALIDATION = "validation.jsonl"
+MANY_CELLS = 1_000_000  # of all samples of a step
 log = logging.getLogger(__name__)
 
 
@@ -199,6 +200,7 @@ def train(
     _say_unlearned(lead_times, leads)
     if (planes := getattr(network, "planes", None)) is not None:
         planes.check(leads)
+    _say_large(batch_size, training)
     data = RadarData(Mixed(training, batch_size, seed), validating, workers)
     if begun is not None:
         warn_of_seen(begun, [each.cube for each in validating])
@@ -247,6 +249,19 @@ def _say_unlearned(asked: Sequence[float], learned: Sequence[float]) -> None:
     if none:
         told = ", ".join(f"{lead:g}" for lead in none)
         log.info("no cube is of a cadence, and long enough, to learn from at lead times of %s min", told)
+
+
+def _say_large(batch_size: int, training: Sequence[Samples]) -> None:
+    """Says of steps that may not fit into memory how large they are."""
+    rows, columns = max((each.size for each in training), key=math.prod)
+    if batch_size * rows * columns > MANY_CELLS:
+        log.warning(
+            "a step learns from %d samples of %d x %d cells, of which a million want some 15 GiB of memory; "
+            "a smaller crop= or batch_size= wants less",
+            batch_size,
+            rows,
+            columns,
+        )
 
 
 def _say_refused(wide: Sequence[Samples], training: Sequence[Samples]) -> None:

@@ -133,6 +133,9 @@ def _say_of_several_models(forecasts: str, headers: Sequence[RunHeader]) -> None
         )
 
 
+NOT_YET = "the cube has no observation at any of its valid times"
+
+
 class _NothingToCountError(Exception):
     """Why a run cannot be verified."""
 
@@ -164,15 +167,16 @@ class _Run:
     def open(cls, store: ForecastStore, name: str, past: "_Past") -> "_Run":
         header, cube = store.header(name), past.cube
         if header.grid != cube.grid:
-            raise ValueError(
-                f"run {name} of {store.path} has a grid of {_grid_text(header.grid)}, "
-                f"the cube {cube.path} one of {_grid_text(cube.grid)}; "
-                "verify against the cube that the run was forecast from"
+            raise _NothingToCountError(
+                f"made on a grid of {_grid_text(header.grid)}, the cube's is one of {_grid_text(cube.grid)}"
             )
         valid = [header.init_time + timedelta(minutes=lead) for lead in header.lead_times]
         leads = tuple(index for index, time in enumerate(valid) if time in past.times)
         if not leads:
-            raise _NothingToCountError("the cube has no observation at any of its valid times")
+            if all((time - cube.times[0]) % cube.cadence for time in valid):
+                every = cube.cadence.total_seconds() / 60
+                raise _NothingToCountError(f"no frame at its lead times, but every {every:g} min")
+            raise _NothingToCountError(NOT_YET)
         facts = RunFacts.of(header)
         if header.init_time - facts.input_age not in past.times:
             raise _NothingToCountError("the cube lacks the newest frame that it was made from")
@@ -331,12 +335,12 @@ def _nothing(cube: Observations, forecasts: str, skipped: Mapping[str, str]) -> 
     """Why not a single run could be verified."""
     reasons = Counter(skipped.values())
     told = "; ".join(f"{reason} ({plural(count, 'run')})" for reason, count in reasons.most_common())
+    advice = "; ingest the observations that came after the forecasts" if NOT_YET in reasons else ""
     times = [time for time, seen in zip(cube.times, cube.observed, strict=True) if seen]
     held = f"holds {times[0]:{TIME}} to {times[-1]:{TIME}}" if times else "holds no frame"
     return (
         f"{forecasts}: none of {plural(len(skipped), 'run')}, {min(skipped)} to {max(skipped)}, "
-        f"can be verified: {told}. The cube {cube.path} {held}; "
-        "ingest the observations that came after the forecasts"
+        f"can be verified: {told}. The cube {cube.path} {held}{advice}"
     )
 
 

@@ -29,6 +29,7 @@ from pipelines.frame import Frame
 from pipelines.grid import Grid
 from pipelines.inspect import inspect
 from pipelines.quality import CellFlag, FrameFlag
+from pipelines.repository import Repository
 from pipelines.rollback import rollback
 from pipelines.version import version
 
@@ -597,6 +598,9 @@ def test_a_rollback_returns_to_an_earlier_snapshot_and_keeps_the_later_ones(tmp_
     ):
         with pytest.raises(ValueError, match=f"{said}; metnet inspect"):
             rollback(store.path, wrong)
+    *_, (_, _, first) = Repository.open(store.path).history(99)
+    with pytest.raises(ValueError, match=f"{first} is of before anything was written"):
+        rollback(store.path, first)
 
 
 def test_what_frames_were_read_from_is_kept_and_another_product_is_told(tmp_path, caplog):

@@ -328,6 +328,10 @@ def test_the_command_tells_a_network_from_data(cube, tmp_path, monkeypatch):
     for path, place, there in ((cube, "model.pt2", "is not"), (run, "model.nc", "is")):
         with pytest.raises(ValueError, match=rf"which {there} there, and becomes .*\.pt2 or .*\.onnx"):
             export(str(path), str(tmp_path / place))
+    cube.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"learned from is not here \(.*no such folder.*\); give cube=CUBE"):
+        export(str(run), str(tmp_path / "model.pt2"))
+    (tmp_path / "elsewhere").rename(cube)
     with pytest.raises(ValueError, match="something is there already"):
         (tmp_path / "model.onnx").touch()
         export(str(run), str(tmp_path / "model.onnx"))

@@ -687,6 +687,21 @@ def test_a_published_network_which_is_told_of_no_ages_wants_a_cadence_it_learned
         forecast(cube, TrainedModel(object.__new__(MetNet1), card, "ab" * 32), store)
 
 
+def test_another_grid_in_the_same_store_is_warned_of(cube, store, tmp_path, caplog):
+    forecast(cube, Persistence(), store)
+    assert not caplog.messages
+    field = np.ones((6, 6), np.float32)
+    forecast(make_cube(tmp_path / "other", {5.0 * i: field for i in range(6)}), Persistence(), store)
+    (said,) = caplog.messages
+    assert f"{store}: its newest run, " in said and "has another grid than the cube" in said
+
+
+def test_lead_times_between_frames_are_warned_of(cube, store, caplog):
+    forecast(cube, Persistence(), store, lead_times=[5, 7, 10, 13])
+    (said,) = caplog.messages
+    assert said.startswith("lead_times: at 7, 13 min the cube ") and "one every 5 min" in said
+
+
 def test_lead_times_never_learned_are_warned_of(cube, store, caplog):
     forecast(cube, network(), store, lead_times=[5, 30])
     assert "beyond 10 min" in caplog.text

@@ -413,6 +413,12 @@ def test_nothing_outside_the_wanted_times_is_learned_from_or_validated_on(cube, 
     assert (steps.min(), steps.max()) == (5, 24)
 
 
+def test_steps_that_may_not_fit_into_memory_are_told(cube, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("pipelines.train.MANY_CELLS", 500)
+    trained_on(cube, tmp_path, steps=1)
+    assert "of which a million want some 15 GiB of memory" in caplog.text
+
+
 def test_lead_times_off_the_cadence_are_refused(cube, tmp_path):
     with pytest.raises(ValueError, match="7 minutes is no multiple of the cube's cadence, 5 minutes"):
         trained_on(cube, tmp_path, steps=2, lead_times=[7])

@@ -396,11 +396,25 @@ def test_start_and_end_choose_runs_by_init_time(cube: Cube, store: ForecastStore
     assert [time.strftime("%H:%M") for time in skill.init_times] == ["00:25", "00:35", "00:45"]
 
 
-def test_a_run_on_another_grid_is_refused(cube: Cube, tmp_path: Path) -> None:
+def test_a_run_on_another_grid_is_left_out_with_its_reason(cube: Cube, tmp_path: Path) -> None:
     shifted = replace(GRID, x_first=GRID.x_first + 500)
     store = forecast_into(tmp_path / "forecasts", range(4, 5), says, grid=shifted)
+    reason = r"made on a grid of .*, the cube's is one of "
+    with pytest.raises(ValueError, match=rf"none of 1 run, .* {reason}"):
+        verified(cube, store, tmp_path / "report")
 
-    with pytest.raises(ValueError, match=r"20200601T002000Z .* grid .* verify against the cube"):
+    forecast_into(tmp_path / "forecasts", range(5, 6), says)
+    report = verified(cube, store, tmp_path / "report").report
+    assert [f"{time:%H:%M}" for time in report.skill.init_times] == ["00:25"]
+    assert report.skipped["20200601T002000Z"].startswith("made on a grid of ")
+
+
+def test_lead_times_between_the_frames_are_told_from_observations_that_are_not_in_yet(
+    cube: Cube, tmp_path: Path
+) -> None:
+    store = forecast_into(tmp_path / "forecasts", range(4, 5), says, leads=(7.0, 13.0))
+    said = r"no frame at its lead times, but every 5 min \(1 run\)"
+    with pytest.raises(ValueError, match=said):
         verified(cube, store, tmp_path / "report")
 
 
