@@ -1,7 +1,6 @@
 """The front door: `metnet COMMAND key=value ...` runs the function that `configs/COMMAND.yaml` names."""
 
 import ctypes
-import difflib
 import inspect
 import logging
 import os
@@ -20,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+from pipelines.words import nearest
 
 # OpenMP's waiting threads spin by default: on a machine with other work that made runs six times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -266,8 +267,8 @@ def _sort_words(
             [first, *_] = read_page(CONFIGS / folder / "from_path.yaml").keys
             values.append((f"{key}.{first.name}", text))
         else:
-            other = _nearest(key.split(".")[-1], keys, 0.9) if text.startswith("[") else ""
-            meant = _nearest(text, names) or other
+            other = nearest(key.split(".")[-1], keys, 0.9) if text.startswith("[") else ""
+            meant = nearest(text, names) or other
             raise UsageError(f"{key}={text}: expected one of {', '.join(names)}{meant}")
     return choices, values
 
@@ -296,7 +297,7 @@ def _check_known(key: str, known: set[str]) -> None:
     every = sorted(name for name in known if not name.split(".")[-1].startswith("_"))
     outer, beside = _beside(key, every)
     told = f"the keys of {outer} are" if outer else "the keys are"
-    raise UsageError(f"no key {key!r}{_nearest(key, every)}; {told}: {', '.join(beside)}")
+    raise UsageError(f"no key {key!r}{nearest(key, every)}; {told}: {', '.join(beside)}")
 
 
 def _take_away(config: Any, key: str) -> None:
@@ -417,11 +418,6 @@ def _beside(key: str, every: list[str]) -> tuple[str, list[str]]:
         outer = outer.rpartition(".")[0]
     prefix = f"{outer}." if outer else ""
     return outer, [name for name in every if name.startswith(prefix) and "." not in name.removeprefix(prefix)]
-
-
-def _nearest(word: str, words: list[str], alike: float = 0.5) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=alike)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def call(config: Any) -> Any:

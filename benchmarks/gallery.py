@@ -1,5 +1,6 @@
-"""`python -m benchmarks.gallery`: draws docs/images/attention/: what each block sees, and what it costs."""
+"""`python -m benchmarks.gallery`: draws what each block of attention sees, and what it costs."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -108,7 +109,7 @@ def seen_by_decoder() -> np.ndarray:
     return change
 
 
-def draw_seen(name: str, strength: np.ndarray) -> None:
+def draw_seen(folder: Path, name: str, strength: np.ndarray) -> None:
     """White: not seen at all; the darker, the more it matters (logarithmic)."""
     shown = np.full(strength.shape, np.nan)
     inside = strength > 0
@@ -121,7 +122,7 @@ def draw_seen(name: str, strength: np.ndarray) -> None:
     axes.set_yticks([])
     axes.set_title(f"{name.replace('_', ' ')}: {inside.mean():.0%}", fontsize=9)
     figure.tight_layout(pad=0.3)
-    figure.savefig(FOLDER / f"{name}.png")
+    figure.savefig(folder / f"{name}.png")
     plt.close(figure)
 
 
@@ -138,7 +139,7 @@ def cost(make: Callable[[int], nn.Module], side: int) -> tuple[float, float]:
     return statistics.median(taken) * 1e3, peak
 
 
-def draw_costs() -> None:
+def draw_costs(folder: Path) -> None:
     """Time and memory against the side of the map, for each block and for attention over the whole map."""
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.4), dpi=80)
     names = [name for name in blocks(1) if name not in ("row", "column", "row_col_sum")]
@@ -158,18 +159,23 @@ def draw_costs() -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 0.8, 1))
-    figure.savefig(FOLDER / "cost.png")
+    figure.savefig(folder / "cost.png")
     plt.close(figure)
 
 
 def main() -> None:
     """Draws all of it."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gallery", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help=f"folder for the pictures (default {FOLDER})"
+    )
+    folder: Path = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
     for name, make in blocks(max(ROWS_SEEN, COLUMNS_SEEN)).items():
-        draw_seen(name, seen(make(CHANNELS)))
-    draw_seen("decoder", seen_by_decoder())
+        draw_seen(folder, name, seen(make(CHANNELS)))
+    draw_seen(folder, "decoder", seen_by_decoder())
     torch.set_num_threads(1)
-    draw_costs()
+    draw_costs(folder)
 
 
 if __name__ == "__main__":

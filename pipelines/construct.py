@@ -8,7 +8,10 @@ from typing import Any
 
 import yaml
 
+from pipelines.words import nearest
+
 SOURCES = ("pipelines.sources.", "pipelines.grid.")  # where what a source's file names may come from
+NAMED = Path(__file__).parents[1] / "configs" / "source"
 
 
 def construct(call: Any, within: tuple[str, ...]) -> Any:
@@ -74,9 +77,10 @@ def source_from_path(file: str, path: str | None = None) -> Any:
         ValueError: if the file is no such description.
     """
     if not Path(file).is_file():
+        names = sorted(named.stem for named in NAMED.glob("*.yaml") if named.stem != "from_path")
         raise ValueError(
-            f"source={file}: no such file, and no source of that name in configs/source/; expected a name "
-            "there, or a YAML file such as those are"
+            f"source={file}: no such file, and no source of that name in configs/source/"
+            f"{nearest(file, names)}; expected a YAML file such as those are, or one of {', '.join(names)}"
         )
     call = yaml.safe_load(Path(file).read_text())
     if not isinstance(call, Mapping) or "_target_" not in call:

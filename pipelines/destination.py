@@ -23,6 +23,21 @@ def folder(key: str, path: str) -> Path:
     return place
 
 
+def file(key: str, path: str, ending: str) -> Path:
+    """A file whose name ends so, in a folder that is there, or can be made.
+
+    Raises:
+        ValueError: naming the key if it ends otherwise, is a URL, or a folder, or its folder cannot be made.
+    """
+    place = Path(path)
+    if "://" in path or place.suffix.lower() != ending:
+        raise ValueError(f"{key}={path}: expected a file that ends in {ending}, on this machine")
+    if place.is_dir():
+        raise ValueError(f"{key}={path}: is a folder; expected a file that ends in {ending}")
+    folder(f"{key}={path}: its folder", str(place.parent))
+    return place
+
+
 def untaken(key: str, path: str) -> Path:
     """A place at which there is nothing yet.
 

@@ -9,7 +9,10 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 from pyproj import CRS, Geod, Transformer
 
+from pipelines.words import nearest
+
 Coordinates = NDArray[np.float64]
+NAMED = Path(__file__).parents[1] / "configs" / "grid"
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,13 @@ class Grid:
         """The part of `y_size` x `x_size` cells whose first cell is (`y0`, `x0`).
 
         Raises:
-            ValueError: if it reaches outside the grid.
+            ValueError: if it holds no cells, or reaches outside the grid.
         """
-        inside = 0 <= y0 < y0 + y_size <= self.y_size and 0 <= x0 < x0 + x_size <= self.x_size
-        if not inside:
-            raise ValueError(
-                f"window=[{y0},{x0},{y_size},{x_size}] ([y0,x0,ny,nx], row 0 north) "
-                f"reaches outside the grid of {self.y_size} x {self.x_size} cells"
-            )
+        asked = f"window=[{y0},{x0},{y_size},{x_size}] ([y0,x0,ny,nx], row 0 north)"
+        if y_size < 1 or x_size < 1:
+            raise ValueError(f"{asked} holds no cells: expected at least 1 x 1")
+        if min(y0, x0) < 0 or y0 + y_size > self.y_size or x0 + x_size > self.x_size:
+            raise ValueError(f"{asked} reaches outside the grid of {self.y_size} x {self.x_size} cells")
         return Grid(
             self.crs,
             self.x_first + x0 * self.x_step,
@@ -162,10 +164,11 @@ def from_path(path: str) -> Grid:
         ValueError: if the file is not such a description.
     """
     if not Path(path).is_file():
+        names = sorted(file.stem for file in NAMED.glob("*.yaml") if file.stem != "from_path")
         raise ValueError(
-            f"grid={path}: no such file, and no grid of that name in configs/grid/; "
-            "expected native, a name there, or a YAML file with crs, x_first, x_step, x_size, "
-            "y_first, y_step, y_size"
+            f"grid={path}: no such file, and no grid of that name in configs/grid/{nearest(path, names)}; "
+            f"expected one of {', '.join(names)}, the path of a cube, or of a YAML file with crs, x_first, "
+            "x_step, x_size, y_first, y_step, y_size"
         )
     fields = yaml.safe_load(Path(path).read_text())
     try:

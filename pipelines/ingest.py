@@ -728,7 +728,10 @@ def _files(decoder: Decoder, start: datetime | None, end: datetime | None) -> li
     if not files:
         times = [file.valid_time for file in decoder.files(None, None) if file.valid_time]
         has = f"it has {_shown(min(times))} to {_shown(max(times))}" if times else "it has none at all"
-        raise ValueError(f"the source has no files within start={start}, end={end}; {has}")
+        asked = ", ".join(
+            f"{key}={_shown(time)}" for key, time in (("start", start), ("end", end)) if time is not None
+        )
+        raise ValueError(f"the source has no files{f' within {asked}' if asked else ''}; {has}")
     return files
 
 

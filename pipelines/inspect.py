@@ -13,6 +13,7 @@ import xarray as xr
 import zarr
 from pyproj import CRS
 
+from pipelines import destination
 from pipelines.cf import RAINFALL_RATE
 from pipelines.cube import STATIC, Cube, groups
 from pipelines.grid import Grid
@@ -55,13 +56,17 @@ def inspect(
 
     Args:
         path: a local folder or URL.
-        picture: the PNG file to draw; None for none.
+        picture: the PNG file to draw, whose folder is made if it is not there; None for none.
         group: the group of frames of a cube to draw; None: the first.
         history: how many commits to list, the newest first.
 
     Raises:
-        ValueError: if neither is there, saying what is there instead.
+        ValueError: if neither is there, saying what is there instead, or a picture or history of that kind
+            cannot be had.
     """
+    target = None if picture is None else destination.file("picture", picture, ".png")
+    if history < 0:
+        raise ValueError(f"history={history}: expected how many commits to list, from 0 on")
     repository = Repository.open(path)
     names = groups(repository, repository.snapshot)
     static = _has_static(repository)
@@ -74,17 +79,20 @@ def inspect(
             cube = Cube.open(path, name)
             facts += [("group", name)] if len(names) > 1 or static else []
             facts += _cube(cube)
-            if picture is not None and not drawn and name == (group or names[0]):
-                drawn = _draw_cube(cube, Path(picture))
+            if target is not None and not drawn and name == (group or names[0]):
+                drawn = _draw_cube(cube, target)
         if static:
             fields = StaticFields.open(path)
             facts += _static(fields)
-            drawn = drawn or (picture is not None and _draw_static(fields, Path(picture)))
+            drawn = drawn or (target is not None and _draw_static(fields, target))
     else:
         store = ForecastStore.open(path)
         facts += _forecasts(store)
-        drawn = picture is not None and _draw_run(store, Path(picture))
-    facts += [("size", _size(path)), ("history", _history(repository, history)), *_taken_back(repository)]
+        drawn = target is not None and _draw_run(store, target)
+    facts.append(("size", _size(path)))
+    if history:
+        facts.append(("history", _history(repository, history)))
+    facts += _taken_back(repository)
     return Inspection(path, tuple(facts), picture if drawn else None)
 
 
@@ -312,13 +320,13 @@ def _draw_run(store: ForecastStore, path: Path) -> bool:
     header = store.header(store.names()[-1])
     run = store.dataset(header.name)
     leads = np.unique(np.linspace(0, len(header.lead_times) - 1, PANELS).round().astype(int))
-    chances, rates = [], []
+    chances, rates, grey = [], [], "no forecast"
     for lead in leads:
         at = run.isel(lead_time=int(lead))
         ahead = f"+{header.lead_times[lead]:g} min"
         chance = at["probability_of_exceedance"].isel(threshold=0).values
-        chances.append(Panel(f"{ahead}: P(rate ≥ {header.thresholds[0]:g} mm/h)", chance, probability=True))
-        rates.append(Panel(f"{ahead}: median rate", at["rainfall_rate_median"].values))
+        chances.append(Panel(f"{ahead}: P(rate ≥ {header.thresholds[0]:g} mm/h)", chance, True, missing=grey))
+        rates.append(Panel(f"{ahead}: median rate", at["rainfall_rate_median"].values, missing=grey))
     title = f"{header.attributes.get('model', 'forecast')} from {header.init_time:{TIME}} UTC"
     draw(path, title, header.grid, [chances, rates])
     return True

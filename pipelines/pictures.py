@@ -47,6 +47,7 @@ class Panel:
     field: Field
     probability: bool = False
     variable: Variable = RAINFALL_RATE
+    missing: str = "not observed"  # what NaN says; of a forecast it is "no forecast"
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,17 @@ def _places(size: int, step: int) -> NDArray[np.intp]:
 
 def scale_of(row: Sequence[Panel]) -> Scale:
     """The colours that all panels of a row share."""
-    variable = row[0].variable
+    variable, grey = row[0].variable, f"grey: {row[0].missing}"
     if row[0].probability:
         colours = ListedColormap(list(CHANCE_COLOURS), name="probability").with_extremes(bad=MISSING_COLOUR)
         norm = BoundaryNorm([*CHANCES, 1.0001], len(CHANCE_COLOURS))
         labels = [f"{100 * chance:g}" for chance in CHANCES]
-        return Scale(colours, norm, CHANCES, labels, "probability, %; grey: no forecast")
+        return Scale(colours, norm, CHANCES, labels, f"probability, %; {grey}")
     if variable.classes:
-        return _scale_of_classes(variable)
+        return _scale_of_classes(variable, grey)
     if variable.units in RAINY_UNITS:
         levels = (0.0, *RAIN_LEVELS)
-        meaning = f"{RAINY_UNITS[variable.units]}; grey: not observed"
+        meaning = f"{RAINY_UNITS[variable.units]}; {grey}"
         return Scale(*rain_colours(), levels, [f"{level:g}" for level in levels], meaning)
     known = np.concatenate([panel.field[~np.isnan(panel.field)] for panel in row])
     if variable.units == "dBZ":
@@ -166,10 +167,10 @@ def scale_of(row: Sequence[Panel]) -> Scale:
     low, high = np.percentile(known, [1, 99]) if known.size else (0.0, 1.0)
     colours = matplotlib.colormaps["cividis"].with_extremes(bad=MISSING_COLOUR)
     spread = Normalize(float(low), float(high) if high > low else float(low) + 1.0)
-    return Scale(colours, spread, None, None, f"{variable.units}; grey: not observed")
+    return Scale(colours, spread, None, None, f"{variable.units}; {grey}")
 
 
-def _scale_of_classes(variable: Variable) -> Scale:
+def _scale_of_classes(variable: Variable, grey: str) -> Scale:
     """One colour for each class, with its meaning; nothing to see is white."""
     values = [value for value, _ in variable.classes]
     twenty = [matplotlib.colormaps["tab20"](place % 20) for place in range(len(values))]
@@ -181,7 +182,7 @@ def _scale_of_classes(variable: Variable) -> Scale:
     labels = [meaning.replace("_", " ") for _, meaning in variable.classes]
     middles = [(low + high) / 2 for low, high in pairwise(norm.boundaries)]
     shown = colours.with_extremes(bad=MISSING_COLOUR)
-    return Scale(shown, norm, middles, labels, "grey: not observed")
+    return Scale(shown, norm, middles, labels, grey)
 
 
 def show_scale(figure: Figure, axes: Sequence[Axes], scale: Scale) -> None:

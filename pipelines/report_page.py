@@ -4,7 +4,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -58,6 +58,7 @@ def as_html(report: Report, case: Case) -> str:
         reference=escape(report.reference),
         level=f"{100 * LEVEL:.0f} %",
         table=_table(report),
+        intervals=_intervals(report),
         decided=f"<p>{DECIDED}.</p>" if decides(skill) else "",
         advantage=_advantage(report),
         curves=score_curves(skill),
@@ -123,32 +124,60 @@ def _table(report: Report) -> str:
     """The skill table as HTML."""
     skill = report.skill
     leads = spread(len(skill.lead_times), COLUMNS)
-    head = "".join(f"<th>{skill.lead_times[lead]:g} min</th>" for lead in leads)
     rows = []
     for score in skill.scores:
         values, best = skill.values(score), best_rows(skill, score)
         title = f"{escape(score.name)} <small>({perfect(score):g} is best)</small>"
-        rows.append(f'<tr><th colspan="{len(leads) + 1}">{title}</th></tr>')
+        rows.append(f'<tr><th colspan="{len(leads) + 1}"><span>{title}</span></th></tr>')
         for row, name in enumerate(skill.forecasters):
             said = [_minus(number(float(values[row, lead]))) for lead in leads]
             marks = [" class=best" if row in best[lead] else "" for lead in leads]
             cells = "".join(f"<td{mark}>{text}</td>" for mark, text in zip(marks, said, strict=True))
             rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
         rows.append(_difference_row(report, score, leads))
-    return f"<table><thead><tr><th>lead time</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return _by_lead_time(report, leads, rows)
 
 
 def _difference_row(report: Report, score: Score, leads: Sequence[int]) -> str:
-    """The forecast's difference from the reference; its interval shows when pointed at."""
-    difference = report.differences[score.name][report.reference]
-    cells = []
-    for lead in leads:
-        value, low, high = (float(part[lead]) for part in (difference.value, difference.low, difference.high))
-        span = f"{100 * LEVEL:.0f} % interval {_signed_number(low)} to {_signed_number(high)}"
-        title = "" if low != low else f' title="{span}"'
-        said = verdict(report, score, report.reference, lead)
-        cells.append(f'<td class="{said}"{title}>{_signed_number(value)}</td>')
-    return f'<tr class="difference"><td>forecast less {escape(report.reference)}</td>{"".join(cells)}</tr>'
+    """The forecast's difference from the reference."""
+    value = report.differences[score.name][report.reference].value
+    cells = _judged(report, score, {lead: _signed_number(float(value[lead])) for lead in leads})
+    return f'<tr class="difference"><td>forecast less {escape(report.reference)}</td>{cells}</tr>'
+
+
+def _intervals(report: Report) -> str:
+    """The intervals of these differences, in a table to unfold; nothing where there are none."""
+    skill = report.skill
+    if len(skill.init_times) < FEWEST_RUNS:
+        return ""
+    leads = spread(len(skill.lead_times), COLUMNS)
+    rows = []
+    for score in skill.scores:
+        difference = report.differences[score.name][report.reference]
+        spans = {lead: _span(float(difference.low[lead]), float(difference.high[lead])) for lead in leads}
+        rows.append(f"<tr><td>{escape(score.name)}</td>{_judged(report, score, spans)}</tr>")
+    name = f"{100 * LEVEL:.0f} % intervals of the forecast's difference from {escape(report.reference)}"
+    return (
+        f'<details><summary>{name}</summary><div class="card" role="region" aria-label="{name}" '
+        f'tabindex="0">{_by_lead_time(report, leads, rows)}</div></details>'
+    )
+
+
+def _span(low: float, high: float) -> str:
+    return f"{_signed_number(low)} to&nbsp;{_signed_number(high)}" if low == low else _minus(number(low))
+
+
+def _judged(report: Report, score: Score, said: Mapping[int, str]) -> str:
+    """A cell for each lead time, coloured where the difference from the reference is clear."""
+    return "".join(
+        f'<td class="{verdict(report, score, report.reference, lead)}">{text}</td>'
+        for lead, text in said.items()
+    )
+
+
+def _by_lead_time(report: Report, leads: Sequence[int], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{report.skill.lead_times[lead]:g} min</th>" for lead in leads)
+    return f"<table><thead><tr><th>lead time</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -52,7 +52,7 @@ def make_trainer(
             raise ValueError(
                 f"trainer.max_time={given}: expected days:hours:minutes:seconds, such as 00:00:15:00"
             ) from error
-        raise ValueError(f"trainer: {error}") from error
+        raise ValueError(f"{error}; trainer: expected the keys and values of Lightning's Trainer") from error
     _check(trainer, strategy)
     timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if any(isinstance(callback, Timer) and callback.time_remaining() == 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -71,7 +71,9 @@ def drawn(shown: Shown, title: str) -> bytes:
         for panel, column in zip(panels[0], columns, strict=True):
             valid = init + timedelta(minutes=leads[column])
             panel.set_title(f"+{leads[column]:g} min, {valid:%H:%M}", fontsize=8)
-        for _, group in groupby(zip(panels, rows, strict=True), key=lambda pair: pair[1].probability):
+        for _, group in groupby(
+            zip(panels, rows, strict=True), lambda pair: (pair[1].probability, pair[1].missing)
+        ):
             alike = list(group)
             show_scale(figure, [panel for line, _ in alike for panel in line], scale_of([alike[0][1]]))
         file = io.BytesIO()
@@ -81,11 +83,11 @@ def drawn(shown: Shown, title: str) -> bytes:
 
 def _rows(shown: Shown, sample: int) -> list[Panel]:
     """What was seen and what each forecaster said of a sample, at all lead times: fields (lead, y, x)."""
-    rows = [Panel("observed", shown.target[sample].cpu().numpy())]
+    rows, grey = [Panel("observed", shown.target[sample].cpu().numpy())], "no forecast"
     for name, forecast in shown.forecasts.items():
         if name == "forecast":
             chance = forecast.probability_above(THRESHOLD)[sample].cpu().numpy()
-            rows.append(Panel(f"P(rain ≥ {THRESHOLD:g} mm/h)", chance, probability=True))
+            rows.append(Panel(f"P(rain ≥ {THRESHOLD:g} mm/h)", chance, True, missing=grey))
         else:
-            rows.append(Panel(name, forecast.mean()[sample].cpu().numpy()))
+            rows.append(Panel(name, forecast.mean()[sample].cpu().numpy(), missing=grey))
     return rows

@@ -1,11 +1,18 @@
 """Words that messages share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 def plural(number: int, noun: str) -> str:
     """Such as `1 run`, `3 runs`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(word: str, words: Iterable[str], alike: float = 0.5) -> str:
+    """Such as `; did you mean 'mrms'?`; nothing where no word is alike."""
+    near = get_close_matches(word, list(words), n=1, cutoff=alike)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def printable(text: str, most: int = 2000) -> str:

@@ -1,12 +1,15 @@
 """Every YAML is a call that can be made."""
 
 import inspect
+import re
+import shlex
 from functools import partial
 
 import pytest
 from hydra.utils import get_method, get_object, instantiate
 
 import cli
+from metnet.model import MetNet
 
 GROUPS = (
     "attention",
@@ -62,6 +65,29 @@ def test_every_member_of_a_group_builds(name):
     else:
         assert name in ("grid/native", "loss/by_head", "strategy/alone")
         assert built is None
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_an_example_can_be_pasted_into_any_shell_and_is_a_call(command):
+    for example in cli.read_page(cli.CONFIGS / f"{command}.yaml").examples:
+        unquoted = re.sub(r"'[^']*'", "", example)
+        assert not set(unquoted) & set('[]{}()*?<>|&;$!#"\\`'), f"zsh takes it for its own: {example}"
+        name, asked, *words = shlex.split(example)
+        assert (name, asked in cli.COMMANDS) == ("metnet", True)
+        cli.compose(asked, words)
+
+
+def test_an_example_of_a_rollback_cannot_be_taken_at_its_word():
+    [example] = [line for line in cli.read_page(cli.CONFIGS / "rollback.yaml").examples if "rollback" in line]
+    assert example.endswith(" snapshot=ID_FROM_INSPECT")
+
+
+def test_the_help_of_train_tells_what_a_network_may_see():
+    told = cli.read_page(cli.CONFIGS / "train.yaml").text
+    for key in ("satellite", "satellite_frames", "static", "position", "surroundings"):
+        assert key in inspect.signature(MetNet).parameters
+        [word] = re.findall(rf"\+model\.{key}=[^\s';]+", told)
+        assert key in cli.compose("train", ["cube=x", "run=y", word.rstrip(",")]).model
 
 
 def test_what_a_training_is_made_of_can_be_chosen_in_front_of_a_whole_recipe():

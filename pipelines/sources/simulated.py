@@ -64,7 +64,7 @@ class Simulated:
                 f"size={self.size}, frames={self.frames}, cadence={self.cadence}: expected a size of "
                 "at least 8 cells, at least 1 frame and a cadence above 0 minutes"
             )
-        parse_time(self.start)
+        parse_time(self.start, "source.start")
 
     @cached_property
     def grid(self) -> Grid:

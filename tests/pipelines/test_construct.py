@@ -56,8 +56,14 @@ def test_what_is_no_description_is_said(tmp_path):
     Path(tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="expected a mapping with _target_"):
         source_from_path(str(tmp_path / "list.yaml"))
-    with pytest.raises(ValueError, match=r"source=nowhere: no such file.*configs/source"):
+    with pytest.raises(
+        ValueError, match=r"source=nowhere: no such file.*configs/source/; expected.* arome_land,"
+    ):
         source_from_path("nowhere")
+    with pytest.raises(
+        ValueError, match=r"source=mrs: .*; did you mean 'mrms'\?; expected .* odim, .* xband$"
+    ):
+        source_from_path("mrs")
 
 
 def test_a_partial_call_waits_for_its_arguments():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.destination import folder, replace_folder, untaken
+from pipelines.destination import file, folder, replace_folder, untaken
 
 
 @pytest.mark.parametrize("wanted", ["there", "not/yet/there", "."])
@@ -20,6 +20,29 @@ def test_a_file_is_no_folder_and_none_can_be_made_below_it(tmp_path, wanted, tol
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"^out=.*{wanted}: {told}; expected a folder"):
         folder("out", str(tmp_path / wanted))
+
+
+@pytest.mark.parametrize("wanted", ["map.png", "new/map.PNG"])
+def test_a_file_of_its_kind_may_lie_in_a_folder_that_is_yet_to_be_made(tmp_path, wanted):
+    assert file("picture", str(tmp_path / wanted), ".png") == tmp_path / wanted
+    assert not list(tmp_path.iterdir()), "nothing is made"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ("map.jpg", "expected a file that ends in .png, on this machine"),
+        ("s3://bucket/map.png", "expected a file that ends in .png, on this machine"),
+        ("folder.png", "is a folder; expected a file that ends in .png"),
+        ("folder.png/taken/map.png", "its folder=folder.png/taken: is a file"),
+    ],
+)
+def test_what_can_be_no_file_of_its_kind_is_refused(tmp_path, monkeypatch, wanted, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png" / "taken").touch()
+    with pytest.raises(ValueError, match=rf"^picture={wanted}: {told}"):
+        file("picture", wanted, ".png")
 
 
 def test_what_is_there_is_not_written_over(tmp_path):

@@ -2,9 +2,11 @@
 
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colorbar import Colorbar
 from PIL import Image
 
 from pipelines.baselines.persistence import Persistence
@@ -170,11 +172,50 @@ def test_a_single_line_of_cells_that_saw_nothing_is_drawn_and_not_called_dry(tmp
     assert rgb(MISSING_COLOUR) in colours(tmp_path / "map.png")
 
 
-def test_a_picture_that_cannot_be_put_in_place_leaves_nothing_behind(cube, tmp_path):
-    (tmp_path / "map.png").mkdir()
-    with pytest.raises(OSError, match="directory"):
+def test_a_picture_that_cannot_be_put_in_place_leaves_nothing_behind(cube, tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
         inspect(cube, picture=str(tmp_path / "map.png"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("picture", "told"),
+    [
+        ("map.jpg", "map.jpg: expected a file that ends in .png"),
+        ("map", "map: expected a file that ends in .png"),
+        ("file/map.png", "map.png: its folder=.*file: is a file; expected a folder"),
+    ],
+)
+def test_a_picture_of_another_kind_or_without_a_place_is_refused_before_any_work(tmp_path, picture, told):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"^picture=.*{told}"):
+        inspect("nowhere", picture=str(tmp_path / picture))
+
+
+def test_a_history_has_no_fewer_than_no_commits(cube):
+    with pytest.raises(ValueError, match=r"^history=-1: expected how many commits to list, from 0 on"):
+        inspect(cube, None, history=-1)
+    assert "history" not in dict(inspect(cube, None, history=0).facts)
+
+
+def test_grey_is_not_observed_in_a_cube_and_no_forecast_in_a_run(cube, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Colorbar, "set_label", lambda self, text, **_: told.append(text))
+    store = str(tmp_path / "forecasts")
+    forecast(cube, Persistence(), store, init_time=["latest"], lead_times=[10])
+
+    for path in (cube, store):
+        inspect(path, picture=str(tmp_path / "map.png"))
+
+    assert list(filter(None, told)) == [
+        "mm/h; grey: not observed",
+        "probability, %; grey: no forecast",
+        "mm/h; grey: no forecast",
+    ]
 
 
 def test_each_level_begins_its_colour_and_the_order_survives_in_grey():

@@ -332,6 +332,21 @@ def test_the_page_says_it_in_words_and_defines_its_scores(page: str, report: Rep
     assert FOREIGN in text and FOREIGN not in page, "text from a file must be escaped"
 
 
+def test_the_interval_of_every_difference_is_there_to_read(page: str, report: Report) -> None:
+    table = re.search(r"<details><summary>90 % intervals .*? extrapolation</summary>.*?</details>", page)
+    assert table is not None and "title=" not in page, "pointing at something needs a mouse"
+    read = [
+        float(number) for number in re.findall(r"[+-]?\d\.\d+", html.unescape(table[0]).replace("−", "-"))
+    ]
+    differences = [report.differences[score.name]["extrapolation"] for score in report.skill.scores]
+    there = [[d.low[lead], d.high[lead]] for d in differences for lead in range(3)]
+    np.testing.assert_allclose(read, np.ravel(there), atol=6e-4)
+
+
+def test_of_few_runs_the_page_tells_no_intervals() -> None:
+    assert "<details>" not in as_html(report_of(skill_of(2)), case())
+
+
 def test_figures_are_drawn_in_the_colour_of_the_page_with_a_name_for_those_who_cannot_see_them(
     page: str,
 ) -> None:

@@ -3,6 +3,7 @@ import io
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -58,6 +59,17 @@ def test_a_picture_tells_when_its_forecast_was_made_and_for_when(monkeypatch):
     picture(0.5)
     assert told == ["step 3: forecast from 1970-01-01 00:00 UTC",
                     "+5 min, 00:05", "+10 min, 00:10", "+15 min, 00:15"]  # fmt: skip
+
+
+def test_what_is_grey_was_not_observed_or_has_no_forecast(monkeypatch):
+    told = []
+    monkeypatch.setattr(Colorbar, "set_label", lambda self, text, **_: told.append(text))
+    picture(0.5)
+    assert list(filter(None, told)) == [
+        "mm/h; grey: not observed",
+        "probability, %; grey: no forecast",
+        "mm/h; grey: no forecast",
+    ]
 
 
 def picture(wet):
