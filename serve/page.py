@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent / "map_page"
 FILES = {
     "map.css": "text/css",
     "map.mjs": "text/javascript",
+    "server.mjs": "text/javascript",
     "chart.mjs": "text/javascript",
     "basemap.mjs": "text/javascript",
     "places.json": "application/json",

@@ -12,60 +12,77 @@ const FONT = ["system-ui, sans-serif"];
 /** The layer below which rain is drawn: land lies under it, borders and names over it. */
 export const ABOVE_RAIN = "borders";
 
-/** The MapLibre style. */
-export async function basemap() {
-  const [world, states, places] = await Promise.all(
-    ["vendor/countries-50m.json", "vendor/states-10m.json", "places.json"].map(load),
-  );
-  const geojson = (data) => ({ type: "geojson", data });
-  return {
-    version: 8,
-    sources: {
-      land: { ...geojson(land(world)), attribution: "Natural Earth" },
-      borders: geojson(onward(mesh(world, world.objects.countries, (a, b) => a !== b))),
-      coast: geojson(onward(mesh(world, world.objects.countries, (a, b) => a === b))),
-      states: geojson(mesh(states, states.objects.states, (a, b) => a !== b)),
-      graticule: geojson(graticule(10)),
-      towns: geojson(towns(places)),
-    },
-    layers: [
-      { id: "water", type: "background", paint: { "background-color": WATER } },
-      { id: "land", type: "fill", source: "land", paint: { "fill-color": LAND } },
-      line("graticule", { "line-color": "#aab4bb", "line-width": 0.5, "line-opacity": 0.6 }),
-      line("borders", { "line-color": BORDER, "line-width": ["interpolate", ["linear"], ["zoom"], 2, 0.6, 8, 1.6] }),
-      line("states", { "line-color": BORDER, "line-width": 0.7, "line-dasharray": [3, 2] }, 3.5),
-      line("coast", { "line-color": "#6d7880", "line-width": ["interpolate", ["linear"], ["zoom"], 2, 0.5, 8, 1.3] }),
-      {
-        id: "town-dots",
-        type: "circle",
-        source: "towns",
-        filter: SHOWN,
-        paint: { "circle-radius": 2.2, "circle-color": INK, "circle-stroke-color": "#fff", "circle-stroke-width": 1 },
-      },
-      {
-        id: "towns",
-        type: "symbol",
-        source: "towns",
-        filter: SHOWN,
-        layout: {
-          "text-field": ["get", "name"],
-          "text-font": FONT,
-          "text-size": ["interpolate", ["linear"], ["zoom"], 3, 11, 8, 14],
-          "text-variable-anchor": ["left", "right", "top", "bottom"],
-          "text-radial-offset": 0.45,
-          "text-justify": "auto",
-          "symbol-sort-key": ["get", "rank"],
-        },
-        paint: { "text-color": INK, "text-halo-color": "rgb(255 255 255 / 85%)", "text-halo-width": 1.4 },
-      },
-    ],
-  };
-}
+const NOTHING = { type: "FeatureCollection", features: [] };
+const source = (data) => ({ type: "geojson", data });
 
-async function load(name) {
-  const answer = await fetch(new URL(name, import.meta.url));
-  if (!answer.ok) throw new Error(`${name}: ${answer.status}`);
-  return answer.json();
+/** The MapLibre style; its land, borders and towns are empty until `fill`. */
+export const STYLE = {
+  version: 8,
+  sources: {
+    land: { ...source(NOTHING), attribution: "Natural Earth" },
+    borders: source(NOTHING),
+    coast: source(NOTHING),
+    states: source(NOTHING),
+    graticule: source(graticule(10)),
+    towns: source(NOTHING),
+  },
+  layers: [
+    { id: "water", type: "background", paint: { "background-color": WATER } },
+    { id: "land", type: "fill", source: "land", paint: { "fill-color": LAND } },
+    line("graticule", { "line-color": "#aab4bb", "line-width": 0.5, "line-opacity": 0.6 }),
+    line("borders", { "line-color": BORDER, "line-width": ["interpolate", ["linear"], ["zoom"], 2, 0.6, 8, 1.6] }),
+    line("states", { "line-color": BORDER, "line-width": 0.7, "line-dasharray": [3, 2] }, 3.5),
+    line("coast", { "line-color": "#6d7880", "line-width": ["interpolate", ["linear"], ["zoom"], 2, 0.5, 8, 1.3] }),
+    {
+      id: "town-dots",
+      type: "circle",
+      source: "towns",
+      filter: SHOWN,
+      paint: { "circle-radius": 2.2, "circle-color": INK, "circle-stroke-color": "#fff", "circle-stroke-width": 1 },
+    },
+    {
+      id: "towns",
+      type: "symbol",
+      source: "towns",
+      filter: SHOWN,
+      layout: {
+        "text-field": ["get", "name"],
+        "text-font": FONT,
+        "text-size": ["interpolate", ["linear"], ["zoom"], 3, 11, 8, 14],
+        "text-variable-anchor": ["left", "right", "top", "bottom"],
+        "text-radial-offset": 0.45,
+        "text-justify": "auto",
+        "symbol-sort-key": ["get", "rank"],
+      },
+      paint: { "text-color": INK, "text-halo-color": "rgb(255 255 255 / 85%)", "text-halo-width": 1.4 },
+    },
+  ],
+};
+
+/** What is drawn from each file: a name for the reader, and the data by source. */
+export const PARTS = [
+  {
+    name: "land and borders",
+    file: "vendor/countries-50m.json",
+    data: (world) => ({
+      land: land(world),
+      borders: onward(mesh(world, world.objects.countries, (a, b) => a !== b)),
+      coast: onward(mesh(world, world.objects.countries, (a, b) => a === b)),
+    }),
+  },
+  {
+    name: "borders of states",
+    file: "vendor/states-10m.json",
+    data: (states) => ({ states: mesh(states, states.objects.states, (a, b) => a !== b) }),
+  },
+  { name: "towns", file: "places.json", data: (places) => ({ towns: towns(places) }) },
+];
+
+/** Draws one of the parts once its file has come. */
+export async function fill(map, { file, data }) {
+  const answer = await fetch(new URL(file, import.meta.url));
+  if (!answer.ok) throw new Error(`${file}: ${answer.status}`);
+  for (const [id, drawn] of Object.entries(data(await answer.json()))) map.getSource(id).setData(drawn);
 }
 
 /** The land, its coasts running on past 180 degrees. */

@@ -3,7 +3,9 @@
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const WIDTH = 320;
 const HEIGHT = 132;
-const FRAME = { left: 40, right: 46, top: 10, bottom: 20 };
+const FRAME = { left: 40, right: 56, top: 10, bottom: 20 };
+const RATE = "#1f6fae";
+const RISING = ["#1b9184", "#26828e", "#31688e", "#3e4989", "#482878", "#440154"]; // viridis, as dark as a line on white must be
 
 /** An SVG element with attributes and children. */
 export function svg(tag, attributes = {}, children = []) {
@@ -13,14 +15,14 @@ export function svg(tag, attributes = {}, children = []) {
   return element;
 }
 
-/** Chance (%) of reaching each threshold; `colours` goes from the lowest threshold to the highest. */
-export function chances(forecast, lead, colours) {
+/** Chance (%) of reaching each threshold. */
+export function chances(forecast, lead) {
   const across = times(forecast);
   const up = scale(0, 1, HEIGHT - FRAME.bottom, FRAME.top);
   const thresholds = Object.keys(forecast[0].probability_of_exceedance).sort((a, b) => a - b);
   const ends = [];
   const lines = thresholds.flatMap((threshold, index) => {
-    const colour = colours[index];
+    const colour = RISING[Math.round((index / Math.max(1, thresholds.length - 1)) * (RISING.length - 1))];
     const points = forecast.map((at, i) => [across(i), at.probability_of_exceedance[threshold]]);
     const last = points.findLast(([, value]) => value !== null);
     if (last) ends.push({ y: up(last[1]), text: `\u2265 ${threshold}`, colour });
@@ -33,24 +35,33 @@ export function chances(forecast, lead, colours) {
 /** Median and quantile bands of the rate (mm/h). */
 export function rates(forecast, lead) {
   const across = times(forecast);
-  const levels = Object.keys(forecast[0].rainfall_rate_quantile).sort((a, b) => a - b);
   const values = forecast.flatMap((at) => [...Object.values(at.rainfall_rate_quantile), at.rainfall_rate_median]);
   const top = roundUp(Math.max(1, ...values.filter((value) => value !== null)));
   const up = scale(0, top, HEIGHT - FRAME.bottom, FRAME.top);
-  const bands = [];
-  for (let i = 0; i < Math.floor(levels.length / 2); i += 1) {
-    const [low, high] = [levels[i], levels[levels.length - 1 - i]];
+  const bands = shaded(forecast).flatMap(([low, high], i) => {
     const ring = forecast.map((at, k) => [across(k), at.rainfall_rate_quantile[low], at.rainfall_rate_quantile[high]]);
-    bands.push(...band(ring, up, 0.18 + 0.14 * i));
-  }
-  const median = path(forecast.map((at, i) => [across(i), at.rainfall_rate_median]), up, { class: "line", stroke: "#1f6fae" });
+    return band(ring, up, 0.18 + 0.14 * i);
+  });
+  const median = path(forecast.map((at, i) => [across(i), at.rainfall_rate_median]), up, { class: "line", stroke: RATE });
   const rows = [0, top / 2, top].map((value) => [up(value), String(Number(value.toPrecision(2)))]);
-  const named = levels.length > 1 ? `, ${percent(levels[0])} to ${percent(levels.at(-1))} of cases shaded` : "";
-  return chart(`Median rain rate in millimetres an hour${named}`, forecast, lead, across, rows, [...bands, ...median]);
+  return chart(`Rain rate in millimetres an hour. ${key(forecast)}`, forecast, lead, across, rows, [...bands, ...median]);
+}
+
+/** What the lines and shades of `rates` are, in words. */
+export function key(forecast) {
+  const spans = shaded(forecast).map(([low, high]) => `${percent(low)} to ${percent(high)}`);
+  return `Line: median.${spans.length ? ` Shaded, darker inwards: quantiles ${spans.join(", ")}.` : ""}`;
+}
+
+/** The pairs of quantile levels that leave out as much below as above, the widest first. */
+function shaded(forecast) {
+  const levels = Object.keys(forecast[0].rainfall_rate_quantile).sort((a, b) => a - b);
+  const opposite = (low) => levels.find((level) => Math.abs(Number(level) + Number(low) - 1) < 1e-6);
+  return levels.filter((low) => low < 0.5 && opposite(low)).map((low) => [low, opposite(low)]);
 }
 
 /** A level within (0, 1) in percent. */
-export const percent = (level) => `${Number((100 * level).toPrecision(3))} %`;
+export const percent = (level) => `${Number((100 * level).toPrecision(3))}\u00a0%`;
 
 function chart(title, forecast, lead, across, rows, marks) {
   const right = WIDTH - FRAME.right;
@@ -62,9 +73,10 @@ function chart(title, forecast, lead, across, rows, marks) {
   const ticks = forecast.flatMap((at, i) =>
     i % every ? [] : [svg("text", { x: across(i), y: HEIGHT - 5, "text-anchor": "middle" }, [clock(at.valid_time)])],
   );
+  const zone = svg("text", { x: WIDTH - 2, y: HEIGHT - 5, "text-anchor": "end" }, ["UTC"]);
   const cursor = svg("line", { class: "cursor", x1: across(lead), x2: across(lead), y1: FRAME.top, y2: HEIGHT - FRAME.bottom });
   const view = { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title };
-  return svg("svg", view, [...grid, ...ticks, cursor, ...marks]);
+  return svg("svg", view, [...grid, ...ticks, zone, cursor, ...marks]);
 }
 
 /** Lines through the points that have a value, broken where one has none; a lone point is a dot. */
@@ -80,7 +92,7 @@ function band(ring, up, opacity) {
   return runs(ring).map((run) => {
     const low = run.map(([x, value]) => `${x},${up(value)}`);
     const high = run.map(([x, , value]) => `${x},${up(value)}`).reverse();
-    return svg("path", { d: `M${[...low, ...high].join("L")}Z`, fill: "#1f6fae", "fill-opacity": opacity });
+    return svg("path", { d: `M${[...low, ...high].join("L")}Z`, class: "band", fill: RATE, "fill-opacity": opacity });
   });
 }
 
@@ -94,7 +106,7 @@ function runs(points) {
   return found.filter((run) => run.length);
 }
 
-/** Labels at the lines' ends, pushed apart until they can be read. */
+/** Labels at the lines' ends, each after a piece of its line, pushed apart until they can be read. */
 function spread(ends) {
   const step = 11;
   const sorted = [...ends].sort((a, b) => a.y - b.y);
@@ -105,9 +117,11 @@ function spread(ends) {
     end.y = Math.min(end.y, floor - step, over ? HEIGHT - FRAME.bottom : Infinity);
     floor = end.y;
   }
-  return sorted.map(({ y, text, colour }) =>
-    svg("text", { class: "label", x: WIDTH - FRAME.right + 5, y: y + 3, fill: colour }, [text]),
-  );
+  const left = WIDTH - FRAME.right + 4;
+  return sorted.flatMap(({ y, text, colour }) => [
+    svg("path", { class: "line", stroke: colour, d: `M${left},${y}h8` }),
+    svg("text", { class: "label", x: left + 12, y: y + 3 }, [text]),
+  ]);
 }
 
 function times(forecast) {
@@ -125,4 +139,5 @@ function roundUp(value) {
   return [1, 2, 4, 6, 8, 10].find((step) => step * power >= value) * power;
 }
 
-const clock = (time) => new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" }).format(new Date(time));
+const CLOCK = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", hourCycle: "h23", timeZone: "UTC" });
+const clock = (time) => CLOCK.format(new Date(time));

@@ -1,14 +1,23 @@
 /** The map page: rain on a map, a slider over lead times, and the forecast at a place. */
 
-import { LngLatBounds, Map, Marker, NavigationControl, ScaleControl, AttributionControl } from "./vendor/maplibre-gl.mjs";
-import { ABOVE_RAIN, basemap } from "./basemap.mjs";
-import { chances, percent, rates, svg } from "./chart.mjs";
+import {
+  addProtocol,
+  AttributionControl,
+  LngLatBounds,
+  Map,
+  Marker,
+  NavigationControl,
+  ScaleControl,
+} from "./vendor/maplibre-gl.mjs";
+import { ABOVE_RAIN, fill, PARTS, STYLE } from "./basemap.mjs";
+import { chances, key, percent, rates, svg } from "./chart.mjs";
+import { ask, get, HOME } from "./server.mjs";
 
-const HOME = new URL(".", document.baseURI).href;
 const RUNS_EVERY = 20_000; // ms
 const FRAME_EVERY = 700; // ms of playing
 const HELD = 16; // lead times whose tiles stay loaded
 const OPACITY = 0.85;
+const RAIN = "rain://"; // the protocol of its tiles
 const FIRST_SHOWN = "probability_of_exceedance_1";
 
 const page = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
@@ -21,8 +30,14 @@ const state = {
   quantity: FIRST_SHOWN,
   lead: 0,
   playing: 0, // the timer
-  place: null, // { lng, lat, forecast }
+  place: null, // { lng, lat, forecast, failure }
   layers: [], // ids, the longest unused first
+  failed: new Set(), // addresses of tiles that were not had
+  gaps: [], // { layer, tile }: what is drawn in their stead
+  unfolded: false, // the table of the point
+  again: 0, // the timer of asking for them
+  parts: PARTS.map((part) => ({ ...part, is: "coming" })), // of the base map; in the end drawn or lacking
+  trouble: "", // why there are no newer runs
 };
 
 if (!document.createElement("canvas").getContext("webgl2")) {
@@ -31,7 +46,7 @@ if (!document.createElement("canvas").getContext("webgl2")) {
 }
 const map = new Map({
   container: "map",
-  style: await basemap(),
+  style: STYLE,
   bounds: [[-12, 36], [30, 60]],
   attributionControl: false,
   dragRotate: false,
@@ -45,32 +60,54 @@ map.touchZoomRotate.disableRotation();
 map.addControl(new NavigationControl({ showCompass: false }), "bottom-right");
 map.addControl(new ScaleControl(), "bottom-right");
 map.addControl(new AttributionControl({ compact: false }), "bottom-right");
+page.controls.append(document.querySelector(".maplibregl-ctrl-bottom-right")); // where no panel covers them
 const pin = new Marker({ element: Object.assign(document.createElement("div"), { className: "pin" }) });
 
 // What is asked of the server
 
-async function ask(path) {
-  const answer = await fetch(HOME + path, { headers: { accept: "application/json" } });
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.detail ?? answer.statusText);
-  return body;
-}
-
 async function refresh() {
   try {
     const { runs, legends } = await ask("runs");
-    Object.assign(state, { runs, legends });
-    say("");
-  } catch {
-    say("The server does not answer. The map shows what was loaded before.");
+    Object.assign(state, { runs, legends, trouble: "" });
+  } catch (failure) {
+    state.trouble = sentence(failure.message) + (state.run ? " The map shows what was loaded before." : "");
+    tell();
     return;
   }
+  askAgain();
   if (!state.runs.length) {
-    say("There is no forecast yet. This page looks again by itself.");
+    state.trouble = "There is no forecast yet.";
+    tell();
     return;
   }
   const kept = state.following ? null : state.runs.find(({ name }) => name === state.run?.name);
+  state.following = !kept;
   choose(kept ?? state.runs[0]);
+}
+
+/** Asks once more for what was not had. */
+function askAgain() {
+  for (const { layer, tile } of state.gaps) map.refreshTiles(layer, [tile.tileID.canonical]);
+  for (const part of state.parts) if (part.is === "lacking") draw(part);
+  if (state.place?.failure?.passing) fetchPoint(state.place);
+}
+
+function askAgainIn(seconds) {
+  if (!seconds || state.again) return;
+  state.again = setTimeout(() => {
+    state.again = 0;
+    askAgain();
+  }, 1000 * seconds);
+}
+
+async function draw(part) {
+  try {
+    await fill(map, part);
+    part.is = "drawn";
+  } catch {
+    part.is = "lacking";
+  }
+  tell();
 }
 
 // Runs, quantities and times
@@ -80,13 +117,17 @@ function choose(run) {
   const shown = before?.leads[state.lead]?.valid_time;
   state.run = run;
   fillRuns();
-  tellAge();
-  if (before && made(before) === made(run)) return;
+  if (before && made(before) === made(run)) {
+    tell();
+    return;
+  }
   fillQuantities();
   const same = run.leads.findIndex(({ valid_time: time }) => time === shown);
   state.lead = Math.max(0, same);
   fillSlider();
   drawDomain(run);
+  drawLegend();
+  tell();
   if (!before || String(before.bounds) !== String(run.bounds)) lookAt(run);
   show();
   if (state.place) askPoint(state.place);
@@ -97,7 +138,7 @@ const made = ({ name, made_by: { created } }) => `${name} ${created}`;
 
 function fillRuns() {
   const options = state.runs.map(({ name, init_time: time }) => option(name, time_(time)));
-  page.run.replaceChildren(...options);
+  if (options.some(({ value }, i) => value !== page.run.options[i]?.value)) page.run.replaceChildren(...options);
   page.run.value = state.run.name;
 }
 
@@ -133,30 +174,60 @@ function fillSlider() {
   );
 }
 
-function tellAge() {
-  const { stale, degraded, observed_until: time, made_by: by } = state.run;
-  const isOld = stale && state.run.name === state.runs[0].name;
-  const old = isOld ? `Old data: what the newest forecast knows was observed ${age(time)}. ` : "";
-  const missing = degraded ? by.inputs_missing.split(" ").map((each) => text(each, { ...CLOCK, timeZone: "UTC" })) : [];
-  say(old + (degraded ? `This forecast was made without the radar frames of ${missing.join(", ")} UTC.` : ""));
+/** All that the reader must know before trusting the map, in one notice. */
+function tell() {
+  const { run, trouble } = state;
+  const known = run ? [ofAge(run), ofInputs(run)] : [trouble ? "" : "The forecast is loading."];
+  const owed = [trouble, run && ofGaps(), ofBasemap()].filter(Boolean);
+  const again = owed.length && "This page asks again by itself.";
+  say([...known, ...owed, again, ofParts()].filter(Boolean).join(" "));
 }
+
+function ofAge({ name, stale, observed_until: time }) {
+  const [newest] = state.runs;
+  if (newest && newest.name !== name) return `This is an old forecast; the newest is that of ${time_(newest.init_time)}.`;
+  return stale && `Old data: what the newest forecast knows was observed at ${time_(time)}${age(time)}.`;
+}
+
+function ofInputs({ degraded, made_by: by }) {
+  if (!degraded) return "";
+  const missing = by.inputs_missing.split(" ").map((each) => text(each, CLOCK));
+  return `This forecast was made without the radar frames of ${missing.join(", ")} UTC.`;
+}
+
+function ofGaps() {
+  const now = layerOf(state.run.leads[state.lead].lead_time);
+  const isSeen = state.gaps.some(({ layer, tile }) => layer === now && tile.uses > 0);
+  return isSeen && "Part of the map did not load: it is hatched in red, and may be wet or dry.";
+}
+
+function ofBasemap() {
+  const lacking = state.parts.filter(({ is }) => is === "lacking").map(({ name }) => name);
+  return lacking.length && `The map is without its ${lacking.join(", ")}, which did not load.`;
+}
+
+const ofParts = () => (state.parts.some(({ is }) => is === "coming") ? "The base map is loading." : "");
 
 function say(text) {
   page.notice.hidden = !text;
   if (page.notice.textContent !== text) page.notice.textContent = text;
 }
 
+/** How long ago, so roughly that the words seldom change; of what lies days back, its date says enough. */
 function age(time) {
-  const minutes = Math.round((Date.now() - Date.parse(time)) / 60_000);
-  if (minutes < 120) return `${minutes} minutes ago`;
-  return minutes < 2880 ? `${Math.round(minutes / 60)} hours ago` : `on ${text(time, DATE)}`;
+  const minutes = (Date.now() - Date.parse(time)) / 60_000;
+  if (minutes < 60) return `, more than ${5 * Math.floor(minutes / 5)} minutes ago`;
+  if (minutes < 120) return ", more than an hour ago";
+  return minutes < 2880 ? `, more than ${Math.floor(minutes / 60)} hours ago` : "";
 }
 
 const DAY = { weekday: "short", day: "numeric", month: "short" };
 const DATE = { day: "numeric", month: "short", year: "numeric" };
 const CLOCK = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
-const text = (time, format) => new Intl.DateTimeFormat("en-GB", format).format(new Date(time)).replace(",", "");
-const time_ = (time) => `${text(time, { ...DATE, ...CLOCK, timeZone: "UTC" })} UTC`;
+/** In UTC unless the format names another zone. */
+const text = (time, format) =>
+  new Intl.DateTimeFormat("en-GB", { timeZone: "UTC", ...format }).format(new Date(time)).replace(",", "");
+const time_ = (time) => `${text(time, { ...DATE, ...CLOCK })} UTC`;
 
 // Rain on the map
 
@@ -165,11 +236,17 @@ function show() {
   const current = leads[state.lead];
   page.lead.value = state.lead;
   page.lead.setAttribute("aria-valuetext", `${time_(current.valid_time)}, ${current.lead_time} minutes ahead`);
-  page.local.textContent = text(current.valid_time, { ...DAY, ...CLOCK, timeZoneName: "short" });
-  page.utc.textContent = `${text(current.valid_time, { ...CLOCK, timeZone: "UTC" })} UTC \u00b7 +${current.lead_time} min`;
-  drawLegend();
+  page.local.textContent = text(current.valid_time, { ...DAY, ...CLOCK, timeZone: undefined, timeZoneName: "short" });
+  page.utc.textContent = `${text(current.valid_time, CLOCK)} UTC \u00b7 +${current.lead_time} min`;
   if (state.place?.forecast) drawPoint();
   drawRain();
+  tellLoading();
+  tell();
+}
+
+function tellLoading() {
+  const now = layerOf(state.run.leads[state.lead].lead_time);
+  page.loading.hidden = !state.layers.includes(now) || map.isSourceLoaded(now);
 }
 
 /** The current lead time, and unseen, so that the slider finds them loaded, the ones beside it. */
@@ -183,6 +260,7 @@ function drawRain() {
   while (state.layers.length > HELD || state.layers.some(isStray)) {
     const stray = state.layers.findIndex(isStray);
     const [id] = state.layers.splice(Math.max(0, stray), 1);
+    state.gaps = state.gaps.filter(({ layer }) => layer !== id);
     map.removeLayer(id);
     map.removeSource(id);
   }
@@ -203,7 +281,7 @@ function hold(minutes) {
   const finest = Math.log2((equator * Math.cos((((south + north) / 2) * Math.PI) / 180)) / metres) + 2;
   map.addSource(id, {
     type: "raster",
-    tiles: [`${HOME}tiles/${state.run.name}/${state.quantity}/${minutes}/{z}/{x}/{y}.png?gaps=hatched`],
+    tiles: [`${RAIN}tiles/${state.run.name}/${state.quantity}/${minutes}/{z}/{x}/{y}.png?gaps=hatched`],
     tileSize: 256,
     maxzoom: Math.min(12, Math.max(1, Math.ceil(finest))),
     bounds: [east > 180 ? -180 : west, Math.max(-85, south), Math.min(180, east), Math.min(85, north)],
@@ -223,6 +301,42 @@ function hold(minutes) {
     ABOVE_RAIN,
   );
   state.layers.push(id);
+}
+
+/** A tile of rain; red lines where none is to be had, since nothing at all would look dry. */
+addProtocol("rain", async ({ url }, { signal }) => {
+  const decode = async (answer) => createImageBitmap(await answer.blob());
+  try {
+    const data = await get(url.replace(RAIN, HOME), decode, signal);
+    state.failed.delete(url);
+    return { data };
+  } catch (failure) {
+    if (signal.aborted) throw failure;
+    state.failed.add(url);
+    askAgainIn(failure.wait);
+    return { data: hatch() };
+  }
+});
+
+function hatch() {
+  const canvas = new OffscreenCanvas(256, 256);
+  const pen = canvas.getContext("2d");
+  pen.strokeStyle = "#c0392b";
+  pen.lineWidth = 2;
+  for (let x = -256; x < 256; x += 32) {
+    pen.moveTo(x, 0);
+    pen.lineTo(x + 256, 256);
+  }
+  pen.stroke();
+  return canvas.transferToImageBitmap();
+}
+
+/** Keeps whether it is rain or lines that a tile has been given. */
+function keep(layer, tile) {
+  const { x, y, z } = tile.tileID.canonical;
+  const [address] = map.getSource(layer).tiles;
+  state.gaps = state.gaps.filter((gap) => gap.tile !== tile);
+  if (state.failed.has(address.replace("{z}/{x}/{y}", `${z}/${x}/${y}`))) state.gaps.push({ layer, tile });
 }
 
 /** Where the run lies, in degrees; east is above 180 where it crosses it. */
@@ -247,8 +361,8 @@ function drawDomain({ outline }) {
 
 function lookAt(run) {
   const { west, south, east, north } = reach(run);
-  const wide = window.innerWidth > 720;
-  const padding = wide ? { top: 30, bottom: 110, left: 40, right: 40 } : { top: 90, bottom: 130, left: 12, right: 12 };
+  const { left, top, right, bottom } = page.sight.getBoundingClientRect();
+  const padding = { left, top, right: window.innerWidth - right, bottom: window.innerHeight - bottom };
   map.setRenderWorldCopies(east > 180); // else the map ends there
   map.fitBounds(new LngLatBounds([west, Math.max(-80, south)], [east, Math.min(80, north)]), { padding, animate: false });
 }
@@ -263,8 +377,9 @@ function drawLegend() {
   });
   const list = document.createElement("ol");
   list.append(...items);
-  const title = Object.assign(document.createElement("div"), { className: "units", textContent: units });
-  const gaps = Object.assign(document.createElement("div"), { className: "gaps", title: "Beyond what the radars saw, or where rain arrives from there" });
+  const title = Object.assign(document.createElement("div"), { className: "units", textContent: `${quantity.label}, ${units}` });
+  const why = "Beyond what the radars saw, or where rain arrives from there";
+  const gaps = Object.assign(document.createElement("div"), { className: "gaps", title: why });
   const hatch = [0, 7, 14, 21, 28].map((x) => svg("path", { d: `M${x},0L${x - 15},15`, stroke: "#7d8790", "stroke-width": 1.4 }));
   gaps.append(svg("svg", { viewBox: "0 0 22 15" }, hatch), "no forecast");
   page.legend.replaceChildren(title, list, gaps);
@@ -272,48 +387,79 @@ function drawLegend() {
 
 // The forecast at a place
 
+/** Asks for a place that the reader points at, and keeps it in sight. */
+async function pick(place) {
+  const asked = askPoint(place);
+  keepInSight();
+  await asked;
+  keepInSight();
+}
+
 async function askPoint({ lng, lat }) {
-  state.place = { lng, lat, forecast: null };
+  state.place = { lng, lat, forecast: null, failure: null };
   pin.setLngLat([lng, lat]).addTo(map);
   page.point.hidden = false;
-  try {
-    const answer = await ask(`forecast?lat=${lat.toFixed(5)}&lon=${lng.toFixed(5)}&run=${state.run.name}`);
-    if (state.place.lng !== lng || state.place.lat !== lat) return;
-    state.place.forecast = answer.forecast;
-    drawPoint();
-  } catch (error) {
-    page["point-content"].replaceChildren(heading(), paragraph(sentence(error.message)));
-  }
+  drawPoint();
+  await fetchPoint(state.place);
+}
+
+/** Fills the panel, unless the place is no longer asked for when the answer comes. */
+async function fetchPoint(place) {
+  const { lng, lat } = place;
+  const question = `forecast?lat=${lat.toFixed(5)}&lon=${lng.toFixed(5)}&run=${state.run.name}`;
+  const answer = await ask(question).catch((failure) => ({ failure }));
+  if (state.place !== place) return;
+  Object.assign(place, { forecast: null, failure: null }, answer);
+  askAgainIn(place.failure?.wait);
+  drawPoint();
+}
+
+/** Moves the map no more than it must for the pin to stand clear of the panels. */
+function keepInSight() {
+  if (!state.place) return;
+  const { left, top, right, bottom } = page.sight.getBoundingClientRect();
+  const at = pin.getElement().getBoundingClientRect();
+  const beyond = (from, to, low, high) => Math.min(0, from - low) || Math.max(0, Math.min(to - high, from - low));
+  const by = [beyond(at.left, at.right, left, right), beyond(at.top, at.bottom, top, bottom)];
+  if (by.some(Boolean)) map.panBy(by);
 }
 
 function drawPoint() {
-  const { forecast } = state.place;
-  const nothing = forecast.every((at) => at.rainfall_rate_median === null);
-  if (nothing) {
-    const why = "No forecast here: no radar sees this place, or the rain that reaches it comes from where none does. That does not mean it stays dry.";
-    page["point-content"].replaceChildren(heading(), paragraph(why));
-    return;
-  }
-  const legend = state.legends.probability.entries.map(({ colour }) => colour);
-  const count = Object.keys(forecast[0].probability_of_exceedance).length;
-  const colours = Array.from({ length: count }, (_, i) => legend[Math.round(3 + ((legend.length - 4) * i) / Math.max(1, count - 1))]);
-  page["point-content"].replaceChildren(
-    heading(),
-    sub("Chance of at least \u2026 mm/h"),
-    chances(forecast, state.lead, colours),
-    sub("Rain rate in mm/h: median and spread"),
-    rates(forecast, state.lead),
-    numbers(forecast),
-  );
+  const { forecast, failure } = state.place;
+  const missing = forecast?.every((at) => at.rainfall_rate_median === null) && NO_FORECAST;
+  const again = failure?.passing ? "; this page asks again by itself" : "";
+  const words = failure ? sentence(failure.message + again) : forecast ? missing : "Loading\u2026";
+  page["point-content"].replaceChildren(heading(), ...(words ? [paragraph(words)] : drawings(forecast)));
+  const heard = `Forecast of ${placed()}: ${words || "loaded."}`; // that it moves on while playing is not worth a word
+  if (page.heard.textContent !== heard) page.heard.textContent = heard;
 }
 
-function heading() {
+const NO_FORECAST =
+  "No forecast here: no radar sees this place, or the rain that reaches it comes from where none does. " +
+  "That does not mean it stays dry.";
+
+function drawings(forecast) {
+  return [
+    figure("Chance of at least \u2026 mm/h", chances(forecast, state.lead)),
+    figure("Rain rate in mm/h", rates(forecast, state.lead), paragraph(key(forecast))),
+    numbers(forecast),
+  ];
+}
+
+function figure(title, ...parts) {
+  const element = document.createElement("figure");
+  element.append(Object.assign(document.createElement("h3"), { textContent: title }), ...parts);
+  return element;
+}
+
+const heading = () => Object.assign(document.createElement("h2"), { textContent: placed() });
+
+function placed() {
   const { lng, lat } = state.place;
   const side = (value, positive, negative) => `${Math.abs(value).toFixed(2)}\u00b0 ${value < 0 ? negative : positive}`;
-  return Object.assign(document.createElement("h2"), { textContent: `${side(lat, "N", "S")}, ${side(lng, "E", "W")}` });
+  return `${side(lat, "N", "S")}, ${side(lng, "E", "W")}`;
 }
 
-const sub = (words) => Object.assign(document.createElement("h3"), { textContent: words });
 const paragraph = (words) => Object.assign(document.createElement("p"), { textContent: words });
 const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}.`;
 
@@ -323,7 +469,7 @@ function numbers(forecast) {
   const head = row("th", ["UTC", ...thresholds.map((threshold) => `\u2265 ${threshold}`), "median"]);
   const rows = forecast.map((at) =>
     row("td", [
-      text(at.valid_time, { ...CLOCK, timeZone: "UTC" }),
+      text(at.valid_time, CLOCK),
       ...thresholds.map((threshold) => cell(at.probability_of_exceedance[threshold], (p) => percent(Math.round(100 * p) / 100))),
       cell(at.rainfall_rate_median, (rate) => rate.toFixed(1)),
     ]),
@@ -335,7 +481,8 @@ function numbers(forecast) {
   scroll.append(table);
   const details = document.createElement("details");
   details.append(Object.assign(document.createElement("summary"), { textContent: "Numbers" }), scroll);
-  details.open = Boolean(page.point.querySelector("details")?.open);
+  details.open = state.unfolded;
+  details.addEventListener("toggle", () => (state.unfolded = details.open));
   return details;
 }
 
@@ -348,9 +495,11 @@ function row(tag, words) {
 }
 
 function closePoint() {
+  if (page.point.contains(document.activeElement)) map.getCanvas().focus({ preventScroll: true });
   state.place = null;
   pin.remove();
   page.point.hidden = true;
+  page.heard.textContent = "";
 }
 
 // What the reader does
@@ -377,6 +526,7 @@ page.lead.addEventListener("input", () => {
 page.play.addEventListener("click", () => play(!state.playing));
 page.quantity.addEventListener("change", () => {
   state.quantity = page.quantity.value;
+  drawLegend();
   show();
 });
 page.run.addEventListener("change", () => {
@@ -396,9 +546,19 @@ document.addEventListener("keydown", (event) => {
 map.on("load", async () => {
   map.getCanvas().setAttribute("aria-label", "Map; arrow keys move it, Enter asks for the forecast at its centre");
   map.getCanvas().addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && state.run) askPoint(map.getCenter().wrap());
+    if (event.key === "Enter" && state.run) pick(map.getCenter().wrap());
   });
-  map.on("click", ({ lngLat }) => state.run && askPoint(lngLat.wrap()));
+  map.on("click", ({ lngLat }) => state.run && pick(lngLat.wrap()));
+  map.on("sourcedata", ({ sourceId, tile }) => {
+    if (tile && state.layers.includes(sourceId)) keep(sourceId, tile);
+  });
+  map.on("sourcedataloading", () => state.run && tellLoading());
+  map.on("idle", () => {
+    if (!state.run) return;
+    tellLoading();
+    tell();
+  });
+  state.parts.forEach(draw);
   await refresh();
   setInterval(refresh, RUNS_EVERY);
 });
