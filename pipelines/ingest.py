@@ -34,6 +34,7 @@ from pipelines.spread import spread
 from pipelines.static import write_static
 from pipelines.words import plural
 
+PASSING = {Code.CHANGED, Code.CHECKSUM, Code.CRASHED, Code.DAMAGED, Code.TRUNCATED, Code.UNREADABLE}
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 2**29  # of frames that wait in memory for a commit
@@ -185,7 +186,9 @@ def ingest(
             offered: dict[str, NewFile] = {}  # by URL
             since = first or _since(source, cube, group)
             with _feed(source, since, max_rate, cache, signals) as feed:
-                intake = Intake(cube, group, batch, restate, place, partial(_fetched, feed, offered, read))
+                intake = Intake(
+                    cube, group, batch, restate, place, partial(_fetched, feed, offered, read, follow)
+                )
                 for listed in feed.follow(every, last, log.warning) if follow else _once(feed):
                     wanted = [file for file in listed if last is None or file.valid_time <= last]
                     offered |= {file.url: file for file in wanted}
@@ -309,9 +312,13 @@ def _fetched(
     feed: Feed,
     offered: dict[str, NewFile],
     read: Callable[[Iterable[RemoteFile]], Iterator[Read]],
+    asks_again: bool,
     files: Iterable[RemoteFile],
 ) -> Iterator[Read]:
     """What is in the files of a feed, each fetched when it is wanted and deleted when it was read.
+
+    One that is refused for a reason that may pass, such as a half of it, is had again from a later listing,
+    a few times, if `asks_again`.
 
     None are fetched any more once the feed's clock is stopped; those that did not come are the next ingest's.
 
@@ -337,6 +344,10 @@ def _fetched(
     for here, result in read(fetched()):
         feed.release(here)
         file = names.pop(here.url)
+        if isinstance(result, Refused) and result.code in PASSING and asks_again:
+            feed.hand_out_again(offered[file.url])
+            if feed.comes_again(offered[file.url]):
+                continue
         yield file, replace(result, file=file) if isinstance(result, Refused) else result
     yield from missing
 

@@ -32,6 +32,7 @@ from zarr.errors import ZarrUserWarning
 BRANCH = "main"
 URL = re.compile(r"\w+://|(?:s3|gs|https?):")  # also without its slashes: no folder is meant
 LOCK_WAIT = 600.0  # s that a writer waits for another one on a local store
+CLOCK_WAIT = 60.0  # s that a writer waits where the newest commit is of later than its own clock
 CONFLICT_TRIES = 8  # on object stores, where writers meet only at the commit
 
 # What Icechunk's errors say, which have no kinds of their own.
@@ -252,6 +253,30 @@ class Repository:
     def _publish(
         self, session: icechunk.Session, message: str, solver: icechunk.ConflictSolver | None
     ) -> str:
+        """`_published`, once it is later than the newest commit, which Icechunk wants of each.
+
+        Raises:
+            OSError: if by the clock of this machine that is not so for long.
+        """
+        while True:
+            try:
+                return self._published(session, message, solver)
+            except icechunk.IcechunkError as error:
+                if "timestamp ordering" not in str(error):
+                    raise
+                (newest, _, _), now = self.history(1)[0], datetime.now(UTC)
+                wait = (newest - now).total_seconds()
+                if wait > CLOCK_WAIT:
+                    raise OSError(
+                        f"{self.path}: its newest commit is of {newest:%Y-%m-%dT%H:%M:%SZ}, but the clock "
+                        f"says {now:%Y-%m-%dT%H:%M:%SZ}, so none can follow; put the clock right, or metnet "
+                        "rollback to a snapshot of before it was wrong"
+                    ) from error
+                time.sleep(max(wait, 0.0) + 0.5)
+
+    def _published(
+        self, session: icechunk.Session, message: str, solver: icechunk.ConflictSolver | None
+    ) -> str:
         """Makes a session the tip of the branch; with a solver, on top of what others committed meanwhile.
 
         On a local store the branch moves only when the disk holds all that it will point to, and the commit
@@ -261,6 +286,8 @@ class Repository:
             return session.commit(message, rebase_with=solver)
         base = self.snapshot
         if session.snapshot_id != base and solver is not None:
+            if all(commit.id != session.snapshot_id for commit in self._repository.ancestry(branch=BRANCH)):
+                raise OSError(f"{self.path}: was rolled back meanwhile; give the same command again")
             session.rebase(solver)
         snapshot = session.flush(message)
         _wait_for_disk(self.path)
@@ -284,6 +311,8 @@ class Repository:
         if _is_remote(self.path):
             yield
             return
+        if not (Path(self.path) / "snapshots").is_dir():  # the lock would make the folder anew
+            raise OSError(f"{self.path}: is gone; was it moved or deleted?")
         try:
             held = FileLock(Path(self.path) / "write.lock", timeout=LOCK_WAIT).acquire()
         except PermissionError as error:

@@ -374,7 +374,7 @@ class AxialSliceDecoder(nn.Module):
     def slice_log_prob(
         self,
         x: Int[Tensor, "batch slice y x"],
-        index: Int[Tensor, "batch"],
+        index: Int[Tensor, "one_each"],
         cond: Float[Tensor, "batch y x cond"] | None = None,
     ) -> Float[Tensor, "batch"]:
         """`log_prob` of one slice of each series given those before it; draw `index` at random to train.

@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(width, dim)
 
     def forward(
-        self, x: Float[Tensor, "line place dim"], kv: Float[Tensor, "line other kv_dim"] | None = None
+        self, x: Float[Tensor, "line place dim"], kv: Float[Tensor, "kv_line other kv_dim"] | None = None
     ) -> Float[Tensor, "line place dim"]:
         """The mixture of values that each place of `x` asks for, from `kv` or from `x` itself.
 

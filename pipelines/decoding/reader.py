@@ -419,21 +419,31 @@ def _read(
         control.close()
         requests, answers = Connection(descriptors[0]), descriptors[1]
         sandbox.die_with_parent()
-        resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.written, limits.written))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for which, most in (
+            (resource.RLIMIT_AS, limits.memory),
+            (resource.RLIMIT_FSIZE, limits.written),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            most = _within(resource.getrlimit(which)[1], most)
+            resource.setrlimit(which, (most, most))
         sandbox.confine(readable)
         while True:
             request = json.loads(requests.recv_bytes())
             seconds = limits.seconds if request.get("url") or request.get("part") else limits.listing
             used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-            resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, resource.RLIM_INFINITY))
+            hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+            resource.setrlimit(resource.RLIMIT_CPU, (_within(hard, int(used + seconds) + 1), hard))
             _answer(answers, source, request)
     except EOFError:
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # libraries that a damaged file has upset crash when they are taken down in order
+
+
+def _within(hard: int, most: int) -> int:
+    """A limit that is not above the one that this process was given, which it may not raise."""
+    return most if hard == resource.RLIM_INFINITY else min(most, hard)
 
 
 def _answer(answers: int, source: Source, request: dict[str, str | None]) -> None:

@@ -150,7 +150,7 @@ class Feed:
 
         Raises:
             UnreachableError: if it did not arrive whole; a later listing has it again, a few times.
-            DeniedError: if the place refuses it, or it is too large.
+            DeniedError: if the place refuses it, likewise, or it is too large.
             OSError: if it cannot be stored.
         """
         local = self.place.local(file.entry)
@@ -165,10 +165,9 @@ class Feed:
                 self.place.fetch(file.entry, path, self.largest)
             except (OSError, ValueError) as error:
                 self.cache.release(path)
-                if isinstance(error, UnreachableError):
-                    self._hand_out_again(file)
+                if isinstance(error, UnreachableError | DeniedError):
+                    self.hand_out_again(file)
                 raise
-        self._failed.pop((file.entry.key, file.entry.version), None)
         return RemoteFile(str(path), file.valid_time)
 
     def release(self, file: RemoteFile) -> None:
@@ -295,7 +294,8 @@ class Feed:
         self._after = max(self._after, after)
         self._seen = {key: told for key, told in self._seen.items() if key > self._after}
 
-    def _hand_out_again(self, file: NewFile) -> None:
+    def hand_out_again(self, file: NewFile) -> None:
+        """Has a later listing hand a file out once more, a few times; `comes_again` tells whether it does."""
         known = (file.entry.key, file.entry.version)
         self._failed[known] = self._failed.get(known, 0) + 1
         if self._failed[known] < ROUNDS:

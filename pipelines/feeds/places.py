@@ -28,6 +28,7 @@ LARGEST_PAGE = 16 * 2**20  # bytes of one answer to a listing
 SIGNED_FOR = timedelta(minutes=15)  # how long a signed URL may be used
 REST = 60.0  # s without listings after a 429 or 503 whose Retry-After obstore does not show
 KEPT_PAGES = 64  # web pages that are remembered, to ask only whether they changed
+DEEPEST = 16  # folders in folders of a web page: links may lead round in a circle
 S3_CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -346,6 +347,10 @@ class WebFolder:
         self.web.download(self.root + quote(entry.key), path, largest, None, None)
 
     def _children(self, prefix: str) -> list[Entry | str]:
+        if prefix.count("/") > DEEPEST:
+            raise DeniedError(
+                f"{self.root}{prefix}: its links lead ever deeper; give the folder that holds the files"
+            )
         known, children = self._pages.pop(prefix, ({}, []))
         try:
             page = self.web.page(self.root + quote(prefix), LARGEST_PAGE, known)

@@ -347,6 +347,8 @@ class Web:
             except (OSError, HTTPException) as error:
                 raise _FailedTryError(f"{_said(error)} after {received} bytes") from None
             reading += self.clock.seconds() - before
+            if self.clock.stopped:
+                raise UnreachableError(f"{_shown(response.geturl())}: stopped before it was fetched")
             if not chunk:
                 break
             received += len(chunk)

@@ -603,6 +603,43 @@ def test_a_rollback_returns_to_an_earlier_snapshot_and_keeps_the_later_ones(tmp_
         rollback(store.path, first)
 
 
+def test_a_commit_waits_for_a_clock_that_was_a_little_ahead_and_says_so_of_one_far_off(tmp_path, monkeypatch):
+    store, publish, told = new(tmp_path / "cube"), Repository._published, []
+    store.write([frame(0)])
+
+    def too_early(self, *arguments):
+        told.append(arguments)
+        if len(told) == 2:
+            return publish(self, *arguments)
+        raise icechunk.IcechunkError("session error: invalid snapshot timestamp ordering. parent: ...")
+
+    monkeypatch.setattr(Repository, "_published", too_early)
+    assert store.write([frame(1)]).new == 1
+    ahead = datetime.now(UTC) + timedelta(hours=1)
+    monkeypatch.setattr(Repository, "history", lambda self, count: [(ahead, "", "")])
+    with pytest.raises(OSError, match=f"newest commit is of {ahead:%Y-%m-%dT%H:%M:%SZ}, but the clock"):
+        store.write([frame(2)])
+
+
+def test_a_group_that_fills_while_its_store_is_rolled_back_says_so(tmp_path):
+    store = new(tmp_path / "cube")
+    earlier = store.write([frame(0)]).snapshot
+    store.write([frame(1)])
+    repository = Repository.open(store.path)
+    with pytest.raises(OSError, match="was rolled back meanwhile; give the same command again"):
+        repository.add_group("other", "a test", lambda group: rollback(store.path, earlier) and None)
+    assert Cube.open(store.path).snapshot == earlier
+
+
+def test_a_cube_that_is_gone_is_not_made_anew_by_its_lock(tmp_path):
+    store = new(tmp_path / "cube")
+    store.write([frame(0)])
+    Path(store.path).rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"is gone|cannot be written"):
+        store.write([frame(1)])
+    assert not Path(store.path).exists()
+
+
 def test_what_frames_were_read_from_is_kept_and_another_product_is_told(tmp_path, caplog):
     store = new(tmp_path / "cube")
     store.write([frame(0), frame(1)])

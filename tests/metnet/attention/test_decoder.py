@@ -450,7 +450,7 @@ def test_wrong_inputs_are_told_what_was_expected():
     with pytest.raises(ValueError, match="temperature=-1"):
         module.sample(noise, temperature=-1)
     some = series(3, 4)
-    frames = torch.zeros(2, some.encoder.num_slices, 3, 4, dtype=torch.uint8)
+    frames = torch.zeros(2, some.encoder.num_slices, 3, 4, dtype=torch.int8)
     for index, message in (
         ([0], r"index has shape \(1,\): expected one for each of 2 series"),
         ([0, -1], r"index holds -1\.\.0: expected 0"),

@@ -723,6 +723,31 @@ def test_a_folder_that_a_web_server_refuses_is_told_and_the_rest_is_read(code, i
     assert feed.unlisted == {}
 
 
+def test_a_page_whose_links_lead_round_in_a_circle_is_refused(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "ask", lambda path: Answer(200, {}, b'<a href="sub/">sub/</a>'))
+    feed = open_feed(Named(f"{page.url}/radar"), tmp_path / "cache", clock=FakeClock())
+    with pytest.raises(DeniedError, match=r"sub/sub/.*: its links lead ever deeper; give the folder"):
+        feed.listing()
+    assert len(page.requests) < 20
+
+
+def test_a_file_that_is_refused_comes_again_too(page, tmp_path):
+    key = name(DAY, "")
+    page.pages["/radar/"] = Answer(200, {}, f'<a href="{key}">{key}</a> 2020'.encode())
+    feed = open_feed(Named(f"{page.url}/radar"), tmp_path / "cache", clock=FakeClock())
+    (file,) = feed.listing()
+    with pytest.raises(DeniedError, match="HTTP 404"):
+        feed.fetch(file)
+    page.pages[f"/radar/{key}"] = Answer(200, {}, content(key))
+    (file,) = feed.listing()
+    assert Path(feed.fetch(file).url).read_bytes() == content(key)
+    rounds = 0
+    while feed.listing() or rounds == 0:
+        feed.hand_out_again(file)  # refused by who reads it, though it arrives
+        rounds += 1
+    assert rounds == 4, "not for ever"
+
+
 @pytest.mark.parametrize(
     ("path", "root"),
     [
