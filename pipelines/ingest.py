@@ -317,8 +317,8 @@ def _fetched(
 ) -> Iterator[Read]:
     """What is in the files of a feed, each fetched when it is wanted and deleted when it was read.
 
-    One that is refused for a reason that may pass, such as a half of it, is had again from a later listing,
-    a few times, if `asks_again`.
+    One that is refused, by its place or, for a reason that may pass, by its reader, is had again from a later
+    listing, a few times, if `asks_again`: it may have been half there.
 
     None are fetched any more once the feed's clock is stopped; those that did not come are the next ingest's.
 
@@ -335,6 +335,8 @@ def _fetched(
             try:
                 here = feed.fetch(offered[file.url])
             except (UnreachableError, DeniedError) as error:
+                if asks_again and isinstance(error, DeniedError):
+                    feed.hand_out_again(offered[file.url])
                 if not feed.clock.stopped and not feed.comes_again(offered[file.url]):
                     missing.append((file, Refused(file, Code.UNREACHABLE, str(error))))
                 continue

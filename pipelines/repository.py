@@ -258,6 +258,7 @@ class Repository:
         Raises:
             OSError: if by the clock of this machine that is not so for long.
         """
+        waited = 0.0
         while True:
             try:
                 return self._published(session, message, solver)
@@ -265,14 +266,15 @@ class Repository:
                 if "timestamp ordering" not in str(error):
                     raise
                 (newest, _, _), now = self.history(1)[0], datetime.now(UTC)
-                wait = (newest - now).total_seconds()
-                if wait > CLOCK_WAIT:
+                wait = max(0.0, (newest - now).total_seconds()) + 0.5
+                waited += wait
+                if waited > CLOCK_WAIT:
                     raise OSError(
                         f"{self.path}: its newest commit is of {newest:%Y-%m-%dT%H:%M:%SZ}, but the clock "
                         f"says {now:%Y-%m-%dT%H:%M:%SZ}, so none can follow; put the clock right, or metnet "
                         "rollback to a snapshot of before it was wrong"
                     ) from error
-                time.sleep(max(wait, 0.0) + 0.5)
+                time.sleep(wait)
 
     def _published(
         self, session: icechunk.Session, message: str, solver: icechunk.ConflictSolver | None

@@ -150,7 +150,7 @@ class Feed:
 
         Raises:
             UnreachableError: if it did not arrive whole; a later listing has it again, a few times.
-            DeniedError: if the place refuses it, likewise, or it is too large.
+            DeniedError: if the place refuses it, or it is too large.
             OSError: if it cannot be stored.
         """
         local = self.place.local(file.entry)
@@ -165,7 +165,7 @@ class Feed:
                 self.place.fetch(file.entry, path, self.largest)
             except (OSError, ValueError) as error:
                 self.cache.release(path)
-                if isinstance(error, UnreachableError | DeniedError):
+                if isinstance(error, UnreachableError):
                     self.hand_out_again(file)
                 raise
         return RemoteFile(str(path), file.valid_time)

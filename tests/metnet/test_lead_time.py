@@ -68,7 +68,8 @@ def test_between_two_planes_a_lead_time_has_a_share_of_both():
 
 @pytest.mark.parametrize(("step", "count"), [(0.7, 5), (3.3, 7), (0.1, 3)])
 def test_the_first_and_the_last_plane_are_reached_in_float32_too(step, count):
-    LeadTimePlanes(step, count).check(torch.tensor([step, step * count]).tolist())
+    told = LeadTimePlanes(step, count).beside(torch.zeros(1, 1, 1, 1, 1), torch.tensor([step, step * count]))
+    torch.testing.assert_close(told[:, 0, 1:, 0, 0], torch.eye(count)[[0, -1]])
 
 
 @pytest.mark.parametrize("minutes", [0.0, 4.9, 20.1, float("nan")])

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.decoding.refusal import Code
 from pipelines.feeds.feed import LOOKS, ROUNDS, Cache, NewFile, open_feed
 from pipelines.feeds.places import Entry, is_safe, place_at
 from pipelines.feeds.web import DeniedError, Manners, SystemClock, UnreachableError, Web, retry_after
-from pipelines.sources.source import stamp
+from pipelines.ingest import Refused, _fetched
+from pipelines.sources.source import RemoteFile, stamp
 from tests.pipelines.feeds import faulty_store
 from tests.pipelines.feeds.faulty_store import Answer, FaultyStore
 from tests.pipelines.ordinary_user import ordinary_user
@@ -731,21 +733,43 @@ def test_a_page_whose_links_lead_round_in_a_circle_is_refused(page, tmp_path, mo
     assert len(page.requests) < 20
 
 
-def test_a_file_that_is_refused_comes_again_too(page, tmp_path):
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_a_file_that_is_refused_for_now_comes_again_to_who_follows(asks_again, page, tmp_path):
     key = name(DAY, "")
     page.pages["/radar/"] = Answer(200, {}, f'<a href="{key}">{key}</a> 2020'.encode())
     feed = open_feed(Named(f"{page.url}/radar"), tmp_path / "cache", clock=FakeClock())
-    (file,) = feed.listing()
-    with pytest.raises(DeniedError, match="HTTP 404"):
-        feed.fetch(file)
+
+    def half_is_refused(files):
+        for file in files:
+            whole = Path(file.url).read_bytes() == content(key)
+            yield file, ["a frame"] if whole else Refused(file, Code.TRUNCATED, "half of it")
+
+    def taken():
+        files = feed.listing()
+        offered = {file.url: file for file in files}
+        wanted = [RemoteFile(file.url, file.valid_time) for file in files]
+        return [result for _, result in _fetched(feed, offered, half_is_refused, asks_again, wanted)]
+
+    found = [taken()]  # nothing there yet
+    page.pages[f"/radar/{key}"] = Answer(200, {}, content(key)[:5])
+    found.append(taken())
     page.pages[f"/radar/{key}"] = Answer(200, {}, content(key))
-    (file,) = feed.listing()
-    assert Path(feed.fetch(file).url).read_bytes() == content(key)
+    found.append(taken())
+    if asks_again:
+        assert found == [[], [], [["a frame"]]]
+    else:
+        assert [each.code for each in found[0]] == [Code.UNREACHABLE] and found[1:] == [[], []]
+
+
+def test_a_file_that_is_always_refused_is_given_up(page, tmp_path):
+    key = name(DAY, "")
+    page.pages["/radar/"] = Answer(200, {}, f'<a href="{key}">{key}</a> 2020'.encode())
+    feed = open_feed(Named(f"{page.url}/radar"), tmp_path / "cache", clock=FakeClock())
     rounds = 0
-    while feed.listing() or rounds == 0:
-        feed.hand_out_again(file)  # refused by who reads it, though it arrives
+    while files := feed.listing():
+        feed.hand_out_again(files[0])
         rounds += 1
-    assert rounds == 4, "not for ever"
+    assert rounds == 5
 
 
 @pytest.mark.parametrize(
