@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from pipelines.signals import ending_in_order
 from pipelines.words import nearest
 
 # OpenMP's waiting threads spin by default: on a machine with other work that made runs six times as long
@@ -476,12 +477,24 @@ def run(command: str, words: list[str]) -> None:
         return
     for step in config["steps"]:
         typer.secho(f"\n$ metnet {shlex.join(step)}", bold=True)
-        code = subprocess.call([sys.executable, __file__, *step])
+        code = _in_a_process(step)
         if code:
             raise SystemExit(code)
     typer.echo(f"\n{config['made'].rstrip()}")
     if config["serve"]:
         os.execv(sys.executable, [sys.executable, __file__, *config["served"]])
+
+
+def _in_a_process(step: list[str]) -> int:
+    """Runs a command in a process of its own, which ends in order when this one is to end; its exit code."""
+    with subprocess.Popen([sys.executable, __file__, *step]) as process:
+        try:
+            return process.wait()
+        except BaseException as ended:
+            if not isinstance(ended, KeyboardInterrupt):  # Ctrl+C reaches both
+                process.terminate()
+            process.wait()
+            raise
 
 
 # ---- the door itself -------------------------------------------------------------------------------
@@ -505,7 +518,8 @@ def answer(command: str, words: list[str]) -> int:
             page.print(part, soft_wrap=isinstance(part, str) and part.startswith("  "))
         return 0
     try:
-        run(command, words)
+        with ending_in_order():
+            run(command, words)
     except UsageError as error:
         typer.echo(f"metnet {command}: {error}", err=True)
         return 2

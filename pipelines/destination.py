@@ -2,7 +2,11 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def folder(key: str, path: str) -> Path:
@@ -48,6 +52,21 @@ def untaken(key: str, path: str) -> Path:
     if place.exists():
         raise ValueError(f"{key}={path}: something is there already; remove it, or give another place")
     return place
+
+
+@contextmanager
+def alone_in(folder: Path, lock: str, taken: str) -> Iterator[None]:
+    """Keeps out of a folder, which is made if it is not there, other processes that ask by the same `lock`.
+
+    Raises:
+        ValueError: saying `taken` if one is in there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / f"{lock}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(taken) from error
 
 
 def replace_folder(new: Path, place: Path) -> None:

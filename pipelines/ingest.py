@@ -16,8 +16,8 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
+from pipelines import destination
 from pipelines.cube import RADAR, STATIC, Cube, Written, groups, judged
 from pipelines.decode import Decoder
 from pipelines.decoding import checksums
@@ -29,6 +29,7 @@ from pipelines.grid import Grid
 from pipelines.progress import track
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
+from pipelines.signals import end_by, handling
 from pipelines.sources.source import NamedSource, RemoteFile, Source, Unread, first_of, unread
 from pipelines.spread import spread
 from pipelines.static import write_static
@@ -156,7 +157,7 @@ def ingest(
         ValueError: if the source has no files then, if none of them can be read, or if the cube holds another
             grid or cadence.
         KeyboardInterrupt: by SIGINT, where nothing was read yet or nothing is followed.
-        SystemExit: with code 143 by SIGTERM, then too.
+        SystemExit: with code 143 by SIGTERM, where it is followed or fetched and nothing was read yet.
     """
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 frame a commit")
@@ -168,7 +169,7 @@ def ingest(
     left = Unread() if _is_remote(source) else unread(source)
     for told in left.passed_over(getattr(source, "path", None)):
         log.warning("%s", told)
-    with _ending_in_order(), Decoder(source) as decoder, spread(workers, scheduler) as workforce:
+    with Decoder(source) as decoder, spread(workers, scheduler) as workforce:
         work = (
             partial(_prepared, decoder, place)
             if workforce.is_here
@@ -199,7 +200,7 @@ def ingest(
     if not intake.began:
         reasons = intake.quarantine.reasons
         if signals and not reasons:
-            _end_by(signals[0])
+            end_by(signals[0])
         if not reasons:
             raise ValueError(f"{cube}: there was no file to read")
         raise ValueError(
@@ -246,7 +247,7 @@ def _feed(
     """The feed of a source, which SIGINT and SIGTERM end between two files; they are added to `signals`.
 
     Raises:
-        ValueError: if the names of the source's files do not tell their times.
+        ValueError: if the names of the source's files do not tell their times, or another feed uses `cache`.
     """
     if not hasattr(source, "valid_time"):
         raise ValueError(
@@ -255,18 +256,11 @@ def _feed(
         )
     named: NamedSource = source  # type: ignore[assignment]
     clock = SystemClock()
-    with tempfile.TemporaryDirectory(prefix="metnet-") as folder, _stopping(clock.stop, signals):
-        manners = Manners(max_rate=max_rate)
-        yield open_feed(named, Path(cache or folder), start, LOOKBACK, manners, clock=clock)
-
-
-def _ending_in_order() -> AbstractContextManager[None]:
-    """Lets SIGTERM end the process as an exception does, so that no process and no copy is left behind."""
-
-    def end(*_: object) -> None:
-        _end_by(signal.SIGTERM)
-
-    return _handling(end, signal.SIGTERM)
+    with tempfile.TemporaryDirectory(prefix="metnet-") as temporary, _stopping(clock.stop, signals):
+        manners, place = Manners(max_rate=max_rate), destination.folder("cache", cache or temporary)
+        taken = f"cache={place}: another ingest keeps its files there; give each a folder of its own"
+        with destination.alone_in(place, "feed", taken):
+            yield open_feed(named, place, start, LOOKBACK, manners, clock=clock)
 
 
 def _stopping(event: threading.Event, signals: list[int]) -> AbstractContextManager[None]:
@@ -276,28 +270,7 @@ def _stopping(event: threading.Event, signals: list[int]) -> AbstractContextMana
         signals.append(number)
         event.set()
 
-    return _handling(stop, signal.SIGINT, signal.SIGTERM)
-
-
-def _end_by(number: int) -> NoReturn:
-    """Ends as a process does that knows nothing of the signal: with 130 after SIGINT, 143 after SIGTERM."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + number)
-
-
-@contextmanager
-def _handling(handler: Callable[..., object], *numbers: signal.Signals) -> Iterator[None]:
-    """Has signals handled otherwise; not outside the main thread, which alone may."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = [(number, signal.signal(number, handler)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, earlier in before:
-            signal.signal(number, earlier)
+    return handling(stop, signal.SIGINT, signal.SIGTERM)
 
 
 def _once(feed: Feed) -> Iterator[list[NewFile]]:

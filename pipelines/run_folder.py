@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
+from pipelines import destination
 from pipelines.checkpoints import FOLDER, all_of, newest, to_disk
 from pipelines.trained import CARD, WEIGHTS, has_its_weights, read_card
 
@@ -60,12 +60,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: if one is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = nullcontext() if helps() else FileLock(folder / "train.lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout as error:
-        raise ValueError(f"run={folder}: another training is at work there; wait for it") from error
+    taken = f"run={folder}: another training is at work there; wait for it"
+    with nullcontext() if helps() else destination.alone_in(folder, "train", taken):
+        yield
 
 
 def finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:

@@ -4,8 +4,9 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -63,8 +64,13 @@ class Run:
 
     @property
     def dataset(self) -> xr.Dataset:
-        """The run's arrays, read when they are used."""
-        return self.view.dataset(self.name)
+        """The run's arrays, read when they are used.
+
+        Raises:
+            Problem: 503 if the store cannot be read.
+        """
+        with _reading():
+            return self.view.dataset(self.name)
 
     @property
     def degraded(self) -> bool:
@@ -153,11 +159,17 @@ class Run:
         )
 
     def series(self, cell: Cell) -> dict[str, Values]:
-        """Every quantity by lead time at one cell; NaN is "no forecast"."""
-        here = {
-            array: self.dataset.variables[array].isel(y=cell.row, x=cell.column).load()
-            for array in {quantity.array for quantity in self.quantities.values()}
-        }
+        """Every quantity by lead time at one cell; NaN is "no forecast".
+
+        Raises:
+            Problem: 503 if the store cannot be read.
+        """
+        arrays = self.dataset.variables
+        with _reading():
+            here = {
+                array: arrays[array].isel(y=cell.row, x=cell.column).load()
+                for array in {quantity.array for quantity in self.quantities.values()}
+            }
         return {
             name: _member(here[quantity.array], quantity).values for name, quantity in self.quantities.items()
         }
@@ -197,7 +209,7 @@ class Forecasts:
         """The run of that name, or the newest.
 
         Raises:
-            Problem: 404 if there is none.
+            Problem: 404 if there is none, 503 if the store cannot be read.
         """
         view = self._current()
         if name == LATEST and view.names:
@@ -212,12 +224,17 @@ class Forecasts:
         return view.snapshot, [self._run(view, name) for name in reversed(view.names[-count:])]
 
     def field(self, run: Run, quantity: Quantity, lead: int) -> Values:
-        """A quantity of the run at the lead time of that index, (y, x); NaN is "no forecast"."""
+        """A quantity of the run at the lead time of that index, (y, x); NaN is "no forecast".
+
+        Raises:
+            Problem: 503 if the store cannot be read.
+        """
         key = (run.snapshot, run.name, quantity.name, lead)
         return self._fields.get(key, lambda: _read(run, quantity, lead, self._fields.limit // 4))
 
     def _run(self, view: "_View", name: str) -> Run:
-        header = view.header(name)
+        with _reading():
+            header = view.header(name)
         stale = self._clock() - header.observed_until > self._stale_after
         return Run(name, view.snapshot, stale, header, view)
 
@@ -227,9 +244,12 @@ class Forecasts:
             try:
                 if self._watch.refresh() != self._view.snapshot:
                     self._view = _View.of(ForecastStore.open(self._path))
+                if not self.reachable:
+                    logger.warning("the forecast store can be read again")
                 self.reachable = True
-            except Exception:  # whatever a disk or an object store may raise: the last snapshot still holds
-                logger.warning("the forecast store cannot be read; serving its last snapshot", exc_info=True)
+            except Exception as error:  # whatever a disk or an object store may raise
+                if self.reachable:  # told once; the last snapshot still holds
+                    _tell("the forecast store cannot be read; serving its last snapshot", error)
                 self.reachable = False
             finally:
                 self._next_poll = time.monotonic() + self._poll
@@ -327,13 +347,34 @@ def _read(run: Run, quantity: Quantity, lead: int, budget: int) -> dict[FieldKey
     block = array.isel(lead_time=slice(leads.start, leads.stop))
     if len(siblings) == 1:
         block = _member(block, quantity)
-    block = block.load()
+    with _reading():
+        block = block.load()
     fields = {}
     for sibling in siblings:
         member = block if len(siblings) == 1 else _member(block, sibling)
         for index, values in zip(leads, member.values, strict=True):
             fields[run.snapshot, run.name, sibling.name, index] = np.array(values, np.float32)
     return fields
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Tells clients, and the log in one line, what a store does not give at this moment.
+
+    Raises:
+        Problem: 503, whatever the disk or the object store raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        _tell("a forecast cannot be read from its store", error)
+        raise Problem(503, "the forecast cannot be read from its store at this moment; ask again") from error
+
+
+def _tell(what: str, error: Exception) -> None:
+    """A warning of one line; with --debug the traceback too."""
+    debugging = logger.isEnabledFor(logging.DEBUG)
+    logger.warning("%s (%s: %s)", what, type(error).__name__, error, exc_info=debugging)
 
 
 def _chunk_around(index: int, chunk: int, size: int) -> range:

@@ -1,8 +1,11 @@
 """The command line: what it teaches, and what it answers to wrong words."""
 
+import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,13 @@ def record(config, window: list[int] | None = None, when: str | None = None, **a
         raise ValueError("no such\nplace")
     if arguments["where"] == "broken":
         raise RuntimeError("inner trouble")
+    if Path(arguments["where"]).name == "half":
+        try:
+            Path(arguments["where"]).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            Path(arguments["where"]).unlink()
     return sorted((key, getattr(value, "seeds", value)) for key, value in arguments.items())
 
 
@@ -186,6 +196,37 @@ def test_what_goes_wrong_is_said_in_one_line(door, capsys, words, code, said):
 def test_debug_shows_the_traceback(door):
     with pytest.raises(RuntimeError, match="inner trouble"):
         cli.answer("ingest", ["where=broken", "--debug"])
+
+
+def test_what_is_told_to_end_puts_away_what_it_has_begun(door, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        cli.answer("ingest", [f"where={tmp_path / 'half'}"])
+    assert ended.value.code == 143
+    assert not (tmp_path / "half").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+STEP = """
+import os, pathlib, signal, sys, time
+try:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+finally:
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[1]).write_text("in order")
+"""
+
+
+def test_the_command_that_a_demo_is_at_is_told_to_end_with_it(door, tmp_path, monkeypatch):
+    (tmp_path / "step.py").write_text(STEP)
+    (tmp_path / "demo.yaml").write_text(f"# All.\nsteps:\n  - [{tmp_path / 'ended'}]\n")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "step.py"))
+    with pytest.raises(SystemExit) as ended:
+        cli.answer("demo", [])
+    assert ended.value.code == 143
+    assert (tmp_path / "ended").read_text() == "in order"
 
 
 def test_help_teaches_keys_defaults_and_examples(door, capsys):

@@ -35,6 +35,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
                 "construct",
                 "checked",
                 "destination",
+                "signals",
                 "drop_out",
                 "pretrained",
                 "terms",

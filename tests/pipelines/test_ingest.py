@@ -28,6 +28,7 @@ from pipelines.grid import Grid
 from pipelines.ingest import LOOKBACK, _since, ingest
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
+from pipelines.signals import ending_in_order
 from pipelines.sources.fmi import Fmi
 from pipelines.sources.mrms import Mrms
 from pipelines.sources.nwcsaf import NwcsafHdf5
@@ -511,7 +512,7 @@ def test_a_signal_before_anything_was_read_ends_with_the_code_of_that_signal(
     live.looked = lambda name: os.kill(os.getpid(), number)
     if not follow:
         live.files = lambda start, end: iter([live.valid_time("other")])
-    with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as ended:
+    with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as ended, ending_in_order():
         ingest(live, str(tmp_path / "cube"), follow=follow)
     assert getattr(ended.value, "code", None) == code
     assert not (tmp_path / "cube").exists()
@@ -522,6 +523,21 @@ def test_a_feed_that_a_signal_ends_after_its_first_frames_is_told_as_done(live, 
     live.read = lambda file: os.kill(os.getpid(), signal.SIGTERM) or SMALL.read(first)
     result = ingest(live, str(tmp_path / "cube"), follow=True, end=first.valid_time)
     assert result.new == 1
+
+
+def test_two_ingests_do_not_share_what_they_fetch(live, tmp_path):
+    times = [file.valid_time for file in SMALL.files(None, None)]
+    shared = str(tmp_path / "shared")
+
+    def meanwhile(file):
+        with pytest.raises(ValueError, match=f"cache={shared}: another ingest keeps its files there"):
+            ingest(Live(path=str(live.path)), str(tmp_path / "other"), follow=True, end=START, cache=shared)
+        return next(of for of in SMALL.files(None, None) if of.valid_time == file.valid_time)
+
+    live.read = lambda file: SMALL.read(meanwhile(file))
+    result = ingest(live, str(tmp_path / "cube"), follow=True, end=times[1], cache=shared)
+    assert (result.new, result.damaged) == (2, 0)
+    assert not (tmp_path / "other").exists()
 
 
 def test_names_that_are_not_safe_to_use_are_counted_and_told(live, tmp_path, caplog):

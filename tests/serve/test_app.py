@@ -361,7 +361,8 @@ def test_beyond_its_limit_the_service_says_when_to_come_back(service: Service) -
             inside = [asyncio.create_task(client.get("/slow")) for _ in range(3)]
             await asyncio.sleep(0.05)
             refused, health = await client.get("/runs"), await client.get("/healthz")
-            assert (await client.get("/readyz")).status_code == 200
+            for address in ("/readyz", "/static/map.mjs"):
+                assert (await client.get(address)).status_code == 200
             counted = metrics(app)
             assert (
                 counted["metnet_http_requests_in_flight"]

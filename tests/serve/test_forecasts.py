@@ -13,6 +13,7 @@ from pipelines.grid import Grid
 from pipelines.runs import ForecastStore
 from serve.app import create_app
 from serve.forecasts import Forecasts
+from serve.geometry import lonlat
 from serve.problems import Problem
 from tests.serve.conftest import EUROPE, INIT, LEADS, QUANTILES, THRESHOLDS, Client, Service, block, write
 
@@ -138,6 +139,28 @@ def test_a_store_that_goes_away_before_it_was_looked_at_is_told_as_one_that_goes
         assert (answer.status_code, answer.json()["status"]) == (503, "unreadable")
     (tmp_path / "elsewhere").rename(tmp_path / "forecasts")
     assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "address", ["/forecast?lat={lat}&lon={lon}", "/tiles/latest/rainfall_rate_mean/10/0/0/0.png"]
+)
+def test_what_the_store_does_not_give_is_asked_for_later(
+    address: str, own_service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = own_service.path.with_name("elsewhere")
+    lon, lat = lonlat(EUROPE.window(64, 64, 1, 1))
+    address = address.format(lon=lon[0, 0], lat=lat[0, 0])
+    own_service.path.rename(away)
+    answers = [own_service.client.get(address) for _ in range(2)]
+    away.rename(own_service.path)
+    for answer in answers:
+        assert (answer.status_code, answer.json()["status"]) == (503, 503)
+        assert "ask again" in answer.json()["detail"]
+    told = [record for record in caplog.records if record.name == "serve.forecasts"]
+    assert sum("serving its last snapshot" in record.message for record in told) == 1
+    assert not any(record.exc_info for record in told), "a line each, no traceback"
+    assert own_service.client.get(address).status_code == 200
+    assert "can be read again" in caplog.records[-1].message
 
 
 def test_a_newest_run_that_cannot_be_read_leaves_the_last_snapshot_and_is_told(
