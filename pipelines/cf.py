@@ -4,6 +4,7 @@ The only table of names. A standard name is from the CF Standard Name Table, or 
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 
@@ -79,6 +80,11 @@ PRECIPITATION_AMOUNT_24H = Variable(
     (0.0, 2500.0),
     "lwe_thickness_of_precipitation_amount",
 )
+SUMS = {
+    PRECIPITATION_AMOUNT_1H.name: timedelta(hours=1),
+    PRECIPITATION_AMOUNT_24H.name: timedelta(hours=24),
+}
+"""Over how long a value is summed, up to its valid time, by the name of the quantity."""
 REFLECTIVITY = Variable(
     "reflectivity", "radar reflectivity", "dBZ", (-100.0, 100.0), "equivalent_reflectivity_factor"
 )

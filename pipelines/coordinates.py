@@ -1,5 +1,6 @@
 """A `Grid` as the coordinates of a Zarr group (CF-1.11 chapters 4 and 5: axes, grid mapping, lat and lon)."""
 
+import math
 import warnings
 from datetime import UTC, datetime
 from typing import Any
@@ -40,11 +41,8 @@ def seconds(time: datetime) -> int:
 
 def write_grid(group: zarr.Group, grid: Grid) -> None:
     """Writes `crs`, `y`, `x` and the auxiliary `lat`, `lon` (degrees, WGS 84)."""
-    crs = CRS.from_wkt(grid.crs)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        mapping = crs.to_cf()  # it warns of what CF has no name for; crs_wkt has that too
-    store_array(group, "crs", (), np.zeros((), "i4"), {**mapping, "crs_wkt": grid.crs})
-    axes = {axis["axis"].lower(): axis for axis in crs.cs_to_cf()}
+    store_array(group, "crs", (), np.zeros((), "i4"), grid_mapping(grid.crs))
+    axes = {axis["axis"].lower(): axis for axis in CRS.from_wkt(grid.crs).cs_to_cf()}
     store_array(group, "x", ("x",), grid.x, {**axes["x"], "step": grid.x_step})
     store_array(group, "y", ("y",), grid.y, {**axes["y"], "step": grid.y_step})
     lat, lon = (
@@ -54,6 +52,19 @@ def write_grid(group: zarr.Group, grid: Grid) -> None:
     for row in range(0, grid.y_size, ROWS):
         rows = slice(row, min(row + ROWS, grid.y_size))
         lon[rows], lat[rows] = _lonlat(grid.window(row, 0, rows.stop - row, grid.x_size))
+
+
+def grid_mapping(crs: str) -> dict[str, Any]:
+    """A CRS (WKT) as the attributes of a grid mapping (CF-1.11, appendix F), of which `crs_wkt` is itself."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        mapping: dict[str, Any] = CRS.from_wkt(crs).to_cf()  # it warns of what CF has no name for
+    if "latitude_of_projection_origin" not in mapping:  # PROJ leaves out what follows from the parallel
+        parallel: Any = mapping.get("standard_parallel")
+        if mapping.get("grid_mapping_name") == "polar_stereographic":
+            mapping["latitude_of_projection_origin"] = math.copysign(90.0, parallel)
+        elif mapping.get("grid_mapping_name") == "lambert_conformal_conic":
+            mapping["latitude_of_projection_origin"] = parallel
+    return {**mapping, "crs_wkt": crs}
 
 
 def read_grid(group: zarr.Group) -> Grid:

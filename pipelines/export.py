@@ -22,7 +22,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.errors import ZarrUserWarning
 
-from pipelines.coordinates import TIME_UNITS, seconds
+from pipelines.cf import SUMS
+from pipelines.coordinates import TIME_UNITS, grid_mapping, seconds
 from pipelines.counts import plain_attributes, unpacked
 from pipelines.cube import RADAR, STATIC, STATISTICS, Cube
 from pipelines.destination import folder, replace_folder, untaken
@@ -35,6 +36,7 @@ from pipelines.version import version
 
 SUFFIXES = {".zarr": "a Zarr store", ".nc": "a NetCDF file"}
 SIDE = 256  # cells of a chunk of a NetCDF file
+BOUNDS = "time_bounds"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 TYPED = ("valid_range", "flag_values", "flag_masks")  # attributes of the type of their array (CF-1.11, 2.5.1)
 
@@ -185,6 +187,10 @@ def _frames(cube: Cube, start: str | None, end: str | None) -> _Contents:
         for name, array in _arrays(group)
         if name not in STATISTICS
     ]
+    if (interval := SUMS.get(cube.variable.name)) is not None:
+        ends = times[held]
+        bounds = np.stack([ends - int(interval.total_seconds()), ends], axis=1)
+        parts.append(_made(BOUNDS, ("time", "bounds"), bounds, {}))  # in the units of the time itself
     if missing.size:
         about = {"standard_name": "time", "long_name": "steps of the time axis without a frame", **TIME_UNITS}
         parts.append(_made("missing_times", ("missing_times",), missing, about))
@@ -205,10 +211,13 @@ def _frames_part(name: str, array: "zarr.Array[Any]", held: NDArray[np.int64], f
     attributes = dict(array.attrs)
     if name == "time":
         attributes = {key: value for key, value in attributes.items() if key not in ("start", "cadence")}
+        attributes |= {"bounds": BOUNDS} if field in SUMS else {}
     if name == "arrival_time":
         attributes.pop("missing_value", None)  # every frame has arrived
     if name == field:
-        attributes["ancillary_variables"] = "quality_flag source_sha256 arrival_time decoder"
+        # Not the checksums: their bytes are no dimension of the field (CF-1.11, appendix I).
+        attributes["ancillary_variables"] = "quality_flag arrival_time decoder"
+        attributes |= {"cell_methods": "time: sum"} if field in SUMS else {}
     if dimensions[:1] != ("time",):
         return _copied(name, array, attributes)
     if dimensions == ("time", "y", "x"):
@@ -251,7 +260,8 @@ def _run(store: ForecastStore, run: str | None) -> _Contents:
 def _copied(name: str, array: "zarr.Array[Any]", attributes: dict[str, Any]) -> _Part:
     """An array that is written at once."""
     if name == "crs":
-        attributes["spatial_ref"] = attributes["crs_wkt"]  # as GDAL calls it
+        wkt = attributes["crs_wkt"]
+        attributes |= {**grid_mapping(wkt), "spatial_ref": wkt}  # as GDAL calls it
     everything: Region = (slice(None),) * array.ndim
     return _Part(
         name,

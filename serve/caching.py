@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -12,6 +13,14 @@ from serve.forecasts import Run, iso
 REVALIDATE = "no-cache"
 """The client keeps the answer, and asks each time whether it still holds: even a run of the past may be
 rolled back and made anew under its name."""
+
+
+def answers(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """What a route that is `cached` answers, for the description of the interface."""
+    return {
+        200: {"content": {media_type: {} for media_type in media_types}},
+        304: {"description": "the client has the answer already"},
+    }
 
 
 def cached(

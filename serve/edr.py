@@ -4,9 +4,10 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import JsonValue
 
 from pipelines.frame import parse_time
-from serve.caching import cached_json
+from serve.caching import answers, cached_json
 from serve.coverage_json import point_series
 from serve.forecasts import Forecasts, Quantity, Run, iso
 from serve.problems import Problem
@@ -20,7 +21,6 @@ CONFORMANCE = (
     "http://www.opengis.net/spec/ogcapi-edr-1/1.1/conf/collections",
     "http://www.opengis.net/spec/ogcapi-edr-1/1.1/conf/json",
     "http://www.opengis.net/spec/ogcapi-edr-1/1.1/conf/covjson",
-    "http://www.opengis.net/spec/ogcapi-edr-1/1.1/conf/oas30",
 )
 
 CRS84 = (
@@ -41,12 +41,12 @@ def routes(forecasts: Forecasts) -> APIRouter:
     """Conformance, collections and the position query."""
     router = APIRouter(tags=["edr"], default_response_class=Response)
 
-    @router.get("/conformance")
+    @router.get("/conformance", responses=answers("application/json"))
     def conformance(request: Request) -> Response:
         """The classes of the standard that this server implements."""
         return cached_json(request, ("conformance",), lambda: {"conformsTo": CONFORMANCE})
 
-    @router.get("/collections")
+    @router.get("/collections", responses=answers("application/json"))
     def collections(request: Request) -> Response:
         """The collections: one, the newest run."""
         run = forecasts.run()
@@ -57,21 +57,23 @@ def routes(forecasts: Forecasts) -> APIRouter:
             run=run,
         )
 
-    @router.get("/collections/{collection}")
+    @router.get("/collections/{collection}", responses=answers("application/json"))
     def one_collection(request: Request, collection: str) -> Response:
         """What the collection holds: where, when, which parameters."""
         run = _run(forecasts, collection)
         return cached_json(request, ("collection",), lambda: _collection(run), run=run)
 
-    @router.get("/collections/{collection}/position")
+    @router.get("/collections/{collection}/position", responses=answers(COVERAGE_JSON))
     def position(
         request: Request,
         collection: str,
         coords: Annotated[str, Query(description="POINT(longitude latitude), in degrees")],
         datetime: Annotated[str | None, Query(description="a time, or first/last with .. for open")] = None,
         parameter_name: Annotated[str | None, Query(alias="parameter-name", description="a,b,c")] = None,
-        crs: Annotated[str, Query(description="only CRS84")] = "CRS84",
-        f: Annotated[str, Query(description="only CoverageJSON")] = "CoverageJSON",
+        crs: Annotated[str, Query(description="only CRS84", json_schema_extra=_one_of(CRS_NAMES))] = "CRS84",
+        f: Annotated[
+            str, Query(description="only CoverageJSON", json_schema_extra=_one_of(FORMATS))
+        ] = "CoverageJSON",
     ) -> Response:
         """The forecast by valid time in the cell that holds a point, as CoverageJSON; null: no forecast."""
         if crs not in CRS_NAMES:
@@ -93,6 +95,11 @@ def routes(forecasts: Forecasts) -> APIRouter:
         return cached_json(request, seed, make, COVERAGE_JSON, run)
 
     return router
+
+
+def _one_of(names: tuple[str, ...]) -> dict[str, JsonValue]:
+    """The part of a parameter's schema that tells what may be given; the route says so in its own words."""
+    return {"enum": list(names)}
 
 
 def parse_point(text: str) -> tuple[float, float]:

@@ -1,12 +1,16 @@
 """Health: whether the server lives and reads its store, and whether its newest run is fresh."""
 
 import json
+from typing import Any
 
 from fastapi import APIRouter, Response
 
 from serve.forecasts import Forecasts
 
-ANSWERS: dict[int | str, dict[str, object]] = {200: {"content": {"application/json": {}}}}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {"application/json": {}}}
+    for status, description in ((200, "well"), (503, "not"))
+}
 
 
 def routes(forecasts: Forecasts) -> APIRouter:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
-from serve.caching import cached, cached_json
+from serve.caching import answers, cached, cached_json
 from serve.forecasts import Forecasts, Run, iso
 from serve.palette import PROBABILITY, RATE
 from serve.problems import Problem
@@ -70,8 +71,8 @@ def routes(forecasts: Forecasts) -> APIRouter:
     page = Asset.read("index.html", "text/html")
     assets = {name: Asset.read(name, media_type) for name, media_type in FILES.items()}
 
-    @router.get("/", responses={200: {"content": {"text/html": {}, "application/json": {}}}})
-    def home(request: Request, f: str = "") -> Response:
+    @router.get("/", responses=answers("text/html", "application/json"))
+    def home(request: Request, f: Literal["", "json", "html"] = "") -> Response:
         """The map page; the links of the OGC landing page with `?f=json` or `Accept: application/json`."""
         accepted = request.headers.get("accept", "")
         wants_json = "application/json" in accepted and "text/html" not in accepted
@@ -88,7 +89,7 @@ def routes(forecasts: Forecasts) -> APIRouter:
             raise Problem(404, "no such file")
         return assets[name].answer(request)
 
-    @router.get("/runs")
+    @router.get("/runs", responses=answers("application/json"))
     def runs(request: Request) -> Response:
         """The newest runs, newest first: times, domain, quantities; and the legends of their colours."""
         snapshot, newest = forecasts.newest(SHOWN)

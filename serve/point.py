@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BeforeValidator
 
 from pipelines import cf
-from serve.caching import cached_json
+from serve.caching import answers, cached_json
 from serve.forecasts import LATEST, Cell, Forecasts, Run, Values, iso, number
 
 
@@ -19,16 +19,16 @@ def _spelt_out(degrees: object) -> object:
 
 SPELT_OUT = BeforeValidator(_spelt_out)
 Longitude = Annotated[
-    float, SPELT_OUT, Query(ge=-180, le=180, allow_inf_nan=False, description="degrees east")
+    float, Query(ge=-180, le=180, allow_inf_nan=False, description="degrees east"), SPELT_OUT
 ]
-Latitude = Annotated[float, SPELT_OUT, Query(ge=-90, le=90, allow_inf_nan=False, description="degrees north")]
+Latitude = Annotated[float, Query(ge=-90, le=90, allow_inf_nan=False, description="degrees north"), SPELT_OUT]
 
 
 def routes(forecasts: Forecasts) -> APIRouter:
     """The point query."""
     router = APIRouter(tags=["point"])
 
-    @router.get("/forecast", response_class=Response, responses={200: {"content": {"application/json": {}}}})
+    @router.get("/forecast", response_class=Response, responses=answers("application/json"))
     def forecast(
         request: Request,
         lat: Latitude,

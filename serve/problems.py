@@ -2,10 +2,32 @@
 
 import json
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "a refusal (RFC 9457)",
+        "content": {
+            "application/problem+json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["type", "title", "status", "detail"],
+                    "properties": {
+                        "type": {"type": "string"},
+                        "title": {"type": "string"},
+                        "status": {"type": "integer"},
+                        "detail": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
+"""What the description of every route says of its refusals."""
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457 calls it a problem

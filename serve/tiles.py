@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.grid import Grid
 from serve import geometry
-from serve.caching import cached
+from serve.caching import answers, cached
 from serve.forecasts import Forecasts, Values
 from serve.palette import HATCH, MISSING, PROBABILITY, RATE, Palette
 from serve.problems import Problem
@@ -30,7 +30,7 @@ def routes(forecasts: Forecasts) -> APIRouter:
     @router.get(
         "/tiles/{run}/{quantity}/{lead}/{z}/{x}/{y}.png",
         response_class=Response,
-        responses={200: {"content": {"image/png": {}}}},
+        responses=answers("image/png"),
     )
     def tile(
         request: Request,

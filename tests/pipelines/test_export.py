@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from pyproj import CRS, Transformer
 
 from pipelines import cf
 from pipelines.cf import Variable
@@ -20,6 +21,8 @@ from pipelines.cube import Cube
 from pipelines.export import _write, export, export_run
 from pipelines.frame import ALWAYS, Frame
 from pipelines.grid import Grid
+from pipelines.plain import open_cube
+from pipelines.repository import Repository
 from pipelines.runs import ForecastStore, RunBlock, RunHeader
 from pipelines.static import write_static
 
@@ -38,6 +41,8 @@ GEOSTATIONARY = Grid(  # of which the first rows lie in space
 ROTATED = Grid(
     "+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=39.25 +lon_0=18", -5.0, 0.5, 5, 2.0, -0.5, 4
 )
+POLAR = Grid("+proj=stere +lat_0=90 +lat_ts=60 +lon_0=0 +a=6378137 +b=6356752", 0.5, 1.0, 5, -3650.5, -1.0, 4)
+CONIC = Grid("+proj=lcc +lat_1=46.5 +lat_0=46.5 +lon_0=3 +ellps=GRS80", 0.5, 1.0, 5, 0.5, -1.0, 4)
 HELD = (0, 1, 4)  # steps with a frame
 
 
@@ -106,6 +111,33 @@ def test_frames_are_exported_bit_for_bit_with_what_is_known_of_them(tmp_path, na
     assert (got.attrs["license"], got.attrs["time_coverage_resolution"]) == ("CC-BY-4.0", "PT300S")
     assert source.snapshot in got.attrs["history"]
     assert got.rainfall_rate.attrs["units"] == "mm h-1" and "spatial_ref" in got.crs.attrs
+    told = xr.open_dataset(tmp_path / "new" / name, decode_coords=False).rainfall_rate
+    beside = told.attrs["ancillary_variables"].split()
+    assert beside == ["quality_flag", "arrival_time", "decoder"]
+    assert all(set(got[other].dims) <= set(told.dims) for other in beside), "CF-1.11, appendix I"
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.nc"])
+@pytest.mark.parametrize(
+    ("variable", "hours"), [(cf.PRECIPITATION_AMOUNT_1H, 1), (cf.PRECIPITATION_AMOUNT_24H, 24)]
+)
+def test_an_amount_says_from_when_to_when_it_fell(tmp_path, name, variable, hours):
+    cube = Cube.open(make_cube(tmp_path / "cube", variable))
+    export(cube.path, str(tmp_path / name))
+
+    got = opened(tmp_path / name)
+
+    assert (got.time.encoding["bounds"], got[variable.name].attrs["cell_methods"]) == (
+        "time_bounds",
+        "time: sum",
+    )
+    begin, end = got.time_bounds.values.T
+    assert end.tolist() == got.time.values.tolist()
+    assert set(end - begin) == {
+        np.timedelta64(hours, "h").astype(end.dtype.name.replace("datetime", "timedelta"))
+    }
+    plain = open_cube(str(tmp_path / name))
+    assert (plain.times, plain.variable) == (cube.times, cube.variable)
 
 
 def test_a_store_has_one_checked_chunk_for_every_step_and_every_chunk_of_it_is_there(tmp_path):
@@ -254,6 +286,38 @@ def test_memory_holds_a_field_and_not_all_of_them(tmp_path, monkeypatch):
     assert (tmp_path / "out.nc").is_file()
 
 
+@pytest.mark.parametrize(
+    ("grid", "latitude"),
+    [
+        (POLAR, 90.0),
+        (replace(POLAR, crs="EPSG:3031"), -90.0),
+        (CONIC, 46.5),
+    ],
+)
+def test_a_grid_mapping_says_where_its_projection_begins(tmp_path, grid, latitude):
+    export(make_cube(tmp_path / "cube", grid=grid), str(tmp_path / "out.nc"))
+    crs = opened(tmp_path / "out.nc").crs
+
+    assert crs.latitude_of_projection_origin == latitude
+    words = {key: value for key, value in crs.attrs.items() if key not in ("crs_wkt", "spatial_ref")}
+    by_words, by_wkt = (
+        Transformer.from_crs("EPSG:4326", known, always_xy=True).transform(3.5, np.copysign(61, latitude))
+        for known in (CRS.from_cf(words), CRS.from_wkt(grid.crs))
+    )
+    assert by_words == pytest.approx(by_wkt, abs=1e-3)  # m
+
+
+def test_a_cube_whose_grid_mapping_lacks_a_word_is_exported_with_it(tmp_path):
+    cube = make_cube(tmp_path / "cube", grid=POLAR)
+
+    def forget(store: Any) -> None:
+        del zarr.open_array(store, path="radar/crs").attrs["latitude_of_projection_origin"]
+
+    Repository.open(cube).commit("as it was", forget)
+    export(cube, str(tmp_path / "out.nc"))
+    assert opened(tmp_path / "out.nc").crs.latitude_of_projection_origin == 90
+
+
 @pytest.mark.slow
 def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
     grids = {
@@ -261,11 +325,14 @@ def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
         "geographic": GEOGRAPHIC,
         "geostationary": GEOSTATIONARY,
         "rotated": ROTATED,
+        "polar": POLAR,
+        "conic": CONIC,
     }
     groups = {
         "radar": cf.RAINFALL_RATE,
         "satellite": cf.BRIGHTNESS_TEMPERATURE,
         "kind": cf.PRECIPITATION_FLAG,
+        "amount": cf.PRECIPITATION_AMOUNT_1H,
     }
     for name, grid in grids.items():
         for group, variable in groups.items():
@@ -282,7 +349,7 @@ def test_exports_and_datasets_pass_the_cf_checker(tmp_path):
     export(packed, str(tmp_path / "packed.nc"))
     Cube.open(packed).between(START, START).to_netcdf(tmp_path / "packed_between.nc")
     files = sorted(tmp_path.glob("*.nc"))
-    assert len(files) == len(grids) * (3 * 2 + 1) + 1 + 2
+    assert len(files) == len(grids) * (len(groups) * 2 + 1) + 1 + 2
 
     checker, report = Path(sys.executable).with_name("compliance-checker"), tmp_path / "report.json"
     subprocess.run(

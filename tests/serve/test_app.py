@@ -38,11 +38,14 @@ GOOD = [
     "/collections/nowcast",
     "/collections/nowcast/position?coords=POINT(8 47)",
     "/static/map.mjs",
+    "/openapi.json",
 ]
 
 
 OF_A_RUN = [
-    address for address in GOOD if address not in ("/", "/?f=json", "/conformance", "/static/map.mjs")
+    address
+    for address in GOOD
+    if address not in ("/", "/?f=json", "/conformance", "/static/map.mjs", "/openapi.json")
 ]
 
 
@@ -178,9 +181,7 @@ def test_what_is_of_no_run_does_not_tell_its_age(service: Service) -> None:
         assert "metnet-stale" not in service.client.get(address).headers
 
 
-@pytest.mark.parametrize(
-    "address", [*GOOD, "/healthz", "/readyz", "/nowhere", "/forecast?lat=x", "/openapi.json"]
-)
+@pytest.mark.parametrize("address", [*GOOD, "/healthz", "/readyz", "/nowhere", "/forecast?lat=x"])
 def test_every_answer_carries_the_security_headers(service: Service, address: str) -> None:
     headers = service.client.get(address).headers
     assert headers["x-content-type-options"] == "nosniff"
@@ -443,6 +444,64 @@ def test_the_description_of_the_interface_names_every_route(service: Service) ->
         "/readyz",
     } == set(paths)
     assert all(set(methods) == {"get"} for methods in paths.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("/", ""),
+        ("/", "?f=json"),
+        ("/", "?f=xml"),
+        ("/runs", ""),
+        ("/forecast", "?lat=47&lon=8"),
+        ("/forecast", "?lat=47&lon=800"),
+        ("/forecast", "?lat=47&lon=8&run=none"),
+        ("/conformance", ""),
+        ("/collections", ""),
+        ("/collections/{collection}", ""),
+        ("/collections/{collection}/position", "?coords=POINT(8 47)"),
+        ("/collections/{collection}/position", "?coords=POLYGON((8 47))"),
+        ("/tiles/{run}/{quantity}/{lead}/{z}/{x}/{y}.png", ""),
+        ("/tiles/{run}/{quantity}/{lead}/{z}/{x}/{y}.png", "?gaps=x"),
+        ("/healthz", ""),
+        ("/readyz", ""),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_every_answer_is_one_that_the_description_names(
+    own_service: Service, path: str, query: str, late: bool
+) -> None:
+    own_service.clock.now += timedelta(hours=2 * late)
+    filled = path.format(
+        collection="nowcast", run="latest", quantity="rainfall_rate_mean", lead=10, z=5, x=16, y=11
+    )
+    answer = own_service.client.get(filled + query)
+    named = own_service.client.get("/openapi.json").json()["paths"][path]["get"]["responses"]
+    assert "422" not in named, "which FastAPI would answer, and problems.py does not"
+    kinds = named.get(str(answer.status_code), named["default"])["content"]
+    assert answer.headers["content-type"].partition(";")[0] in kinds
+
+
+def test_the_description_tells_the_limits_of_a_place(service: Service) -> None:
+    described = service.client.get("/openapi.json").json()["paths"]["/forecast"]["get"]["parameters"]
+    limits = {
+        each["name"]: (each["schema"].get("minimum"), each["schema"].get("maximum")) for each in described
+    }
+    assert (limits["lat"], limits["lon"]) == ((-90, 90), (-180, 180))
+
+
+def test_a_form_of_the_front_page_that_there_is_not_is_refused(service: Service) -> None:
+    answer = service.client.get("/?f=xml", {"accept": "text/html"})
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "f: Input should be '', 'json' or 'html'"
+    assert service.client.get("/?f=html").headers["content-type"].startswith("text/html")
+
+
+@pytest.mark.parametrize("address", ["/collections/", "/runs/", "/forecast/?lat=47&lon=8"])
+def test_no_answer_leads_to_the_host_that_a_client_named(service: Service, address: str) -> None:
+    answer = service.client.get(address, {"host": "elsewhere.example"})
+    assert (answer.status_code, answer.headers["content-type"]) == (404, "application/problem+json")
+    assert "location" not in answer.headers and "elsewhere" not in answer.text
 
 
 @settings(max_examples=60)

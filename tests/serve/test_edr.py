@@ -32,6 +32,19 @@ def test_the_landing_page_leads_to_everything(service: Service) -> None:
 def test_conformance_names_the_core_of_edr(service: Service) -> None:
     named = ConformanceModel.model_validate_json(service.client.get("/conformance").content).conformsTo
     assert "http://www.opengis.net/spec/ogcapi-edr-1/1.1/conf/core" in named
+    described = service.client.get("/openapi.json").json()["openapi"]
+    assert any(name.endswith("/oas30") for name in named) == described.startswith("3.0.")
+
+
+def test_the_description_names_the_systems_and_formats_that_are_answered(service: Service) -> None:
+    paths = service.client.get("/openapi.json").json()["paths"]
+    parameters = paths["/collections/{collection}/position"]["get"]["parameters"]
+    named = {each["name"]: each["schema"]["enum"] for each in parameters if "enum" in each["schema"]}
+    assert set(named) == {"crs", "f"}
+    for key, choices in named.items():
+        assert len(choices) == 3
+        for choice in choices:
+            assert service.client.get(f"{POSITION}&{key}={quote(choice)}").status_code == 200
 
 
 def test_the_collection_says_where_and_when_and_what(service: Service) -> None:
