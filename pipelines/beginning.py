@@ -17,6 +17,7 @@ from torch import nn
 
 from metnet.axial_head import Coherent
 from metnet.batch import Batch
+from metnet.forward import FORWARD
 from metnet.model import MetNet
 from metnet.prior import AdvectionPrior, Pixels
 from pipelines.observations import Observations
@@ -167,8 +168,8 @@ def _pixels(network: MetNet, batches: Iterable[Batch], random: torch.Generator) 
 
 
 def fingerprint(config: Mapping[str, Any], snapshots: Sequence[str]) -> str:
-    """Of the settings, and of the frames, that a prior is fitted with."""
-    told = json.dumps([sorted(settings(plain(config))), snapshots])
+    """Of the settings, the frames, and the computation, that a prior is fitted with."""
+    told = json.dumps([sorted(settings(plain(config))), snapshots, FORWARD])
     return hashlib.sha256(told.encode()).hexdigest()
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from metnet.forward import FORWARD
 from pipelines import destination
 from pipelines.checkpoints import FOLDER, all_of, newest, to_disk
-from pipelines.trained import CARD, WEIGHTS, has_its_weights, read_card
+from pipelines.trained import CARD, WEIGHTS, check_forward, has_its_weights, read_card
 
 CONFIG = "config.json"
 FREE = ("run", "pictures", "strategy")  # where, what is shown, and by whom
@@ -71,8 +72,12 @@ def finished(folder: Path, config: Mapping[str, Any]) -> Trained | None:
     A folder in which no training has left anything yet belongs to nobody: a wrong setting may be put right.
 
     Raises:
-        ValueError: if the folder belongs to a call with other settings than how long to train.
+        ValueError: if the folder belongs to a call with other settings than how long to train, or to software
+            whose networks compute otherwise.
     """
+    started = folder / CONFIG
+    if has_learned(folder) and started.is_file():
+        check_forward(started, json.loads(started.read_text()))
     if has_learned(folder) and (differing := _differing(folder, config)):
         raise ValueError(
             f"run={folder} was started with other settings: {', '.join(differing)}; choose another run folder"
@@ -130,7 +135,7 @@ def begin(
     """Writes down what the run is started with: settings, snapshots of its cubes by path, weights."""
     if helps():
         return
-    told = {"config": config, "cube_snapshots": snapshots, "weights": begun}
+    told = {"config": config, "cube_snapshots": snapshots, "weights": begun, "forward": FORWARD}
     replace_file(folder / CONFIG, json.dumps(told, indent=2).encode())
 
 
@@ -139,8 +144,8 @@ def begun_snapshots(folder: Path) -> Mapping[str, str]:
     started = folder / CONFIG
     if not started.is_file() or not (helps() or has_learned(folder)):
         return {}
-    told = json.loads(started.read_text())["cube_snapshots"]
-    return told if isinstance(told, dict) else {}  # older folders have a list
+    told: Mapping[str, str] = json.loads(started.read_text())["cube_snapshots"]
+    return told
 
 
 def begun_with(folder: Path) -> Mapping[str, Any] | None:

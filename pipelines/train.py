@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from metnet.axial_head import Coherent
 from metnet.head import Ordinal
+from metnet.forward import FORWARD
 from metnet.loss import Loss, cross_entropy, ordinal
 from metnet.model import MetNet
 from pipelines import destination
@@ -509,3 +510,4 @@ def _name(loss: Loss) -> str:
 def _told(cube: Observations) -> dict[str, Any]:
     """What a card says of a cube."""
     return {"path": cube.path, "snapshot": cube.snapshot, "cell_size": cube.grid.cell_size}  # metres
+        "forward": FORWARD,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from metnet.axial_head import Coherent
 from metnet.batch import Batch
 from metnet.calibration import Calibration
+from metnet.forward import FORWARD
 from metnet.metnet1 import MetNet1
 from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
@@ -32,7 +33,7 @@ from pipelines.pretrained import run_folder
 from pipelines.version import version
 
 WEIGHTS, CARD, PRIOR = "model.safetensors", "model.json", "prior.safetensors"
-ANOTHER = "it was changed, or is of another state of the software: train the model again"
+ANOTHER = "it was changed, or is of another state of the software: train the model again, into another folder"
 Published = MetNet1 | MetNet2  # they forecast the middle of what they see
 log = logging.getLogger(__name__)
 
@@ -203,8 +204,8 @@ def trained(path: str | Path) -> TrainedModel:
     """The model of a run folder, or the one that ships (`run_folder`), ready to forecast.
 
     Raises:
-        ValueError: if the folder holds no finished run, the weights are not those of its card, or the card
-            asks for anything outside `metnet`.
+        ValueError: if the folder holds no finished run, the weights are not those of its card, they were
+            learned by another computation (`metnet.forward`), or the card asks for anything outside `metnet`.
     """
     folder = run_folder(path)
     card = read_card(folder)
@@ -262,10 +263,27 @@ def _load(part: nn.Module, data: bytes, place: Path, card: dict[str, Any]) -> No
         detail = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{place}: not the weights that this metnet-nowcast {version()} wants for the model in {CARD}; "
-            f"most probably another state of the software trained it ({CARD} names "
-            f"{card.get('software', 'none')}, made {card.get('created', 'at an unknown time')}): train it "
-            f"again, or open it with the software of that time. In detail: {detail} ..."
+            f"most probably another state of the software trained it; {_again(card)}. In detail: {detail} ..."
         ) from error
+
+
+def check_forward(place: Path, card: Mapping[str, Any]) -> None:
+    """Refuses weights that were learned by another computation, which would make other forecasts of them.
+
+    Raises:
+        ValueError: naming the place that tells it.
+    """
+    if (number := card.get("forward")) != FORWARD:
+        raise ValueError(
+            f"{place}: expected forward={FORWARD}, got {number}: another state of the software, which made "
+            f"other forecasts of the same weights, trained it; {_again(card)}"
+        )
+
+
+def _again(card: Mapping[str, Any]) -> str:
+    """What to do with a model of another state of the software."""
+    software, created = card.get("software", "an unknown one"), card.get("created", "an unknown time")
+    return f"train it again, into another folder, or open it with its own software ({software}, {created})"
 
 
 def has_its_weights(folder: Path, card: Mapping[str, Any]) -> bool:
@@ -310,6 +328,7 @@ def _calibration(folder: Path, card: Mapping[str, Any], bins: RainBins) -> Calib
 
 def _built(folder: Path, card: Mapping[str, Any]) -> MetNet | Published | Coherent:
     """The network that the card describes, with fresh weights."""
+    check_forward(folder / CARD, card)
     try:
         made = construct(card["config"]["model"], ("metnet.",))
         bins = RainBins(tuple(float(edge) for edge in card["bins"]["edges"]), float(card["bins"]["top"]))

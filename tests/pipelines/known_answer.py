@@ -1,7 +1,7 @@
 """`answer`: what the model that ships says of made-up rain. `python -m tests.pipelines.known_answer` writes it.
 
 The weights that ship know what they are told by its place in a row of numbers, in units of its own. Whoever
-changes how a pixel is described changes what they say, and no error tells.
+changes how a pixel is described changes what they say, and no error tells. Whoever means to, raises `FORWARD`.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metnet.batch import Batch
+from metnet.forward import FORWARD
 from pipelines.trained import TrainedModel, trained
 
 FILE = Path(__file__).with_suffix(".json")
@@ -59,7 +60,7 @@ def batches() -> dict[str, Batch]:
 
 def answer(model: TrainedModel) -> dict[str, Any]:
     """Probabilities of exceeding `THRESHOLDS`, by kind of rain, lead time, threshold and place."""
-    told: dict[str, Any] = {"sha256": model.sha256}
+    told: dict[str, Any] = {"sha256": model.sha256, "forward": FORWARD}
     for name, batch in batches().items():
         forecast = model(batch)
         said = torch.stack([forecast.probability_above(threshold)[0] for threshold in THRESHOLDS], dim=1)

@@ -17,6 +17,7 @@ from metnet import prior
 from metnet.attention.axial import AxialAttention
 from metnet.calibration import Calibration
 from metnet.lead_time import LeadTimePlanes
+from metnet.forward import FORWARD
 from metnet.model import MetNet, Moving
 from metnet.rain import RainBins
 from pipelines import export_model
@@ -309,7 +310,8 @@ def run_folder(cube, folder):
     weights = save({name: x.contiguous() for name, x in MetNet(**arguments).state_dict().items()})
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(weights)
-    card = dict(made(small(), cube).card) | {"sha256": hashlib.sha256(weights).hexdigest()}
+    told = {"sha256": hashlib.sha256(weights).hexdigest(), "forward": FORWARD}
+    card = dict(made(small(), cube).card) | told
     (folder / "model.json").write_text(
         json.dumps(card | {"config": {"model": {"_target_": "metnet.model.MetNet"} | arguments}})
     )

@@ -254,6 +254,18 @@ def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp
         trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
     assert place.read_bytes() == first, "a process that comes before the first one sees it too"
 
+@pytest.mark.parametrize("card", [True, False], ids=["finished", "cut off"])
+def test_a_run_of_software_that_computes_otherwise_does_not_go_on(cube, run, tmp_path, card):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model.json").unlink() if not card else None
+    begun = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**begun, "forward": 0}))
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected forward=\d+, got 0: .* into another folder"
+    ):
+        trained_on(cube, tmp_path / "run", steps=6)
+
+
 
 @pytest.mark.parametrize(
     ("key", "value"),

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 
 from metnet.batch import Batch
 from metnet.calibration import Calibration
+from metnet.forward import FORWARD
 from metnet.scores.crps import Crps
 from pipelines.baselines.persistence import Persistence
 from pipelines.beside import Beside, Sides
@@ -54,6 +55,7 @@ def run(tmp_path):
         "lead_times": [5.0, 10.0],
         "calibration": calibration.card(),
         "sha256": hashlib.sha256(weights).hexdigest(),
+        "forward": FORWARD,
     }
     (tmp_path / "model.safetensors").write_bytes(weights)
     (tmp_path / "model.json").write_text(json.dumps(card))
@@ -119,10 +121,17 @@ def test_a_card_that_lacks_something_is_named_with_what_it_lacks(run, key):
         trained(run)
 
 
-def test_the_cuts_that_older_cards_tell_are_not_looked_at(run):
-    calibration = json.loads((run / "model.json").read_text())["calibration"]
-    rewritten(run, calibration={**calibration, "cuts": {"thresholds": "none"}})
-    assert trained(run).calibration == Calibration.from_card(calibration, len(calibration["centre"]))
+@pytest.mark.parametrize("number", [None, FORWARD - 1, FORWARD + 1])
+def test_weights_that_were_learned_by_another_computation_are_refused_though_they_fit(run, number):
+    rewritten(run, forward=number, software="metnet-nowcast 0.0.7")
+    (run / "prior.safetensors").write_bytes(b"")
+    for opened in (trained, untrained):
+        with pytest.raises(
+            ValueError, match=rf"model\.json: expected forward={FORWARD}, got {number}"
+        ) as told:
+            opened(run)
+        assert "train it again, into another folder, or open it with" in str(told.value)
+        assert "metnet-nowcast 0.0.7" in str(told.value)
 
 
 @pytest.mark.parametrize("change", ["another size", "another name"])
