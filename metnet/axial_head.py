@@ -43,6 +43,9 @@ class AxialHead(nn.Module):
         outer_layers: layers that read the rows above; an even number.
         inner_layers: layers that read what lies to the left.
         dropout: the share of what a layer adds that is dropped in training.
+
+    Raises:
+        ValueError: for sizes that do not go together, or a dropout that is no share below 1.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class AxialHead(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: expected a share from 0 to below 1")
         rows, columns = grid
         codes = len(bins) + 1
         self.bins, self.grid, self.leads = bins, (rows, columns), leads

@@ -90,7 +90,7 @@ class LeadTimePlanes(nn.Module):
             raise ValueError(
                 f"lead times {', '.join(f'{lead:g}' for lead in outside)} min: the network's planes stand "
                 f"for {self.step:g} to {last:g} min; ask for these, or train one with other planes "
-                "(model.lead_time.step= and model.lead_time.count=)"
+                "(model.lead_time.step= and model.lead_time.count=; of MetNet1 model.step= and model.leads=)"
             )
 
 

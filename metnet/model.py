@@ -103,11 +103,16 @@ class MetNet(nn.Module):
                 f"stochastic_depth={stochastic_depth}: expected 0 with advection=false, for without a prior "
                 "nothing is left to answer the samples that do not hear the network"
             )
-        if frames < 1 or depth < 0 or channels < 1 or surroundings < 1 or local < 0:
+        if min(frames, channels, surroundings) < 1 or min(depth, local) < 0:
             raise ValueError(
                 f"frames={frames}, depth={depth}, channels={channels}, surroundings={surroundings}, "
                 f"local={local}: expected at least 1 frame, no fewer than 0 blocks, at least 1 channel, "
                 "means over at least 1 cell and no width below 0"
+            )
+        if min(fine_channels, lead_features) < 1 or len(grid) != 2:
+            raise ValueError(
+                f"fine_channels={fine_channels}, lead_features={lead_features}, grid={list(grid)}: expected "
+                "at least 1 of each, and the rows and the columns of a grid"
             )
         self._frames = frames
         self.stochastic_depth = float(stochastic_depth)
@@ -147,8 +152,10 @@ class MetNet(nn.Module):
         """The probability of each class of rain at `batch.lead_time` on the grid of `batch.radar`.
 
         Raises:
-            ValueError: if the batch does not have `frames` frames, or lacks what the network was made to see.
+            ValueError: if the batch does not have `frames` frames, lacks what the network was made to see, or
+                asks for a lead time that is not above 0.
         """
+        self._check_asked(batch.lead_time)
         past = self.encode(batch)
         pixels = past.fine[:, 0].numel() * (1 if self.planes is None else self.scaling.time)
         at_once = max(1, PIXELS_AT_ONCE // pixels)
@@ -163,7 +170,12 @@ class MetNet(nn.Module):
         return BinnedForecast(said[..., :rows, :columns], self.bins)
 
     def logits(self, batch: Batch) -> Float[Tensor, "batch lead bin y x"]:
-        """Unnormalised log-probabilities of the classes, all lead times in one pass: what a loss wants."""
+        """Unnormalised log-probabilities of the classes, all lead times in one pass: what a loss wants.
+
+        Raises:
+            ValueError: as `forward` does.
+        """
+        self._check_asked(batch.lead_time)
         rows, columns = batch.radar.shape[2:]
         return self.decode(self.encode(batch), batch.lead_time)[..., :rows, :columns]
 
@@ -277,6 +289,18 @@ class MetNet(nn.Module):
         assert whole.motion is not None
         motion, doubt = whole.motion[:, :2], whole.motion[:, 2:].sum(dim=1)
         return Moving(*_to_carry(whole.radar, whole.age), motion, doubt, whole.cell_size, self.bins)
+
+    def _check_asked(self, lead_time: Float[Tensor, "lead"]) -> None:
+        """Refuses lead times of which a prior says nothing: its weights go by their logarithms.
+
+        Raises:
+            ValueError: for none at all, or one that is not above 0.
+        """
+        if self.prior is None or lead_time.is_meta:
+            return
+        minutes = lead_time.tolist()
+        if not minutes or not all(lead > 0 for lead in minutes):
+            raise ValueError(f"lead_time={minutes}: expected one or more, in minutes above 0")
 
     def _coarse(
         self, past: "Past", lead_time: Float[Tensor, "lead"]

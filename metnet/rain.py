@@ -6,6 +6,7 @@
 All rates are mm/h. NaN is "no forecast", never "dry".
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,13 +54,14 @@ class RainBins:
     Within a wet class every rate is equally likely.
     """
 
-    edges: tuple[float, ...]  # mm/h, rising; the lower edges of the wet classes
-    top: float  # mm/h; the upper edge of the last class, where rarer rain is counted too
+    edges: Sequence[float | int]  # mm/h, rising; the lower edges of the wet classes; held as a tuple
+    top: float | int  # mm/h; the upper edge of the last class, where rarer rain is counted too
 
     def __post_init__(self) -> None:
-        """Refuses edges that do not rise from above 0 to `top`."""
+        """Refuses edges that do not rise from above 0 to `top`; a list, as YAML has it, becomes a tuple."""
+        object.__setattr__(self, "edges", tuple(float(edge) for edge in self.edges))
         knots = [0.0, *self.edges, self.top]
-        if any(b <= a for a, b in pairwise(knots)):
+        if not all(a < b < math.inf for a, b in pairwise(knots)):
             raise ValueError(
                 f"edges={self.edges}, top={self.top}: expected rates in mm/h that rise from above 0"
             )

@@ -91,9 +91,10 @@ class FieldScaling(nn.Module):
 def _centre_and_spread(unit: Unit) -> tuple[float, float]:
     """Of a channel; those of rain, which has none, are never looked at."""
     pair = (0.0, 1.0) if unit == RAIN else unit
-    if isinstance(pair, str) or len(pair) != 2 or not pair[1] > 0:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not pair[1] > 0:
         raise ValueError(
             f"the unit of a channel is {unit}: expected its centre and its spread above 0, or the word {RAIN}"
+            "; in a list of a pair for each channel, such as [[250, 25]] of one"
         )
     return float(pair[0]), float(pair[1])
 

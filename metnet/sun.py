@@ -25,13 +25,16 @@ def solar_elevation_sine(
     anomaly = torch.deg2rad((357.528 + 0.9856003 * days) % 360)
     ecliptic = torch.deg2rad(longitude + 1.915 * anomaly.sin() + 0.020 * (2 * anomaly).sin())
     obliquity = torch.deg2rad(23.439 - 4e-7 * days)
-    ascension = torch.atan2(obliquity.cos() * ecliptic.sin(), ecliptic.cos())
-    declination = (obliquity.sin() * ecliptic.sin()).arcsin()
     sidereal = torch.deg2rad((280.46062 + 360.98564737 * days) % 360)  # of Greenwich
-    at_greenwich = (sidereal - ascension).to(place)[:, None, None]
+    # towards the sun: how much lies towards the equinox, a quarter of the equator further, and the pole; no
+    # angles, for ONNX Runtime knows their functions in single precision only
+    equinox, quarter, pole = (
+        part.to(place)[:, None, None]
+        for part in (ecliptic.cos(), obliquity.cos() * ecliptic.sin(), obliquity.sin() * ecliptic.sin())
+    )
     east, north = torch.deg2rad(place).unbind(dim=1)
-    height = declination.to(place)[:, None, None]
-    return north.sin() * height.sin() + north.cos() * height.cos() * (at_greenwich + east).cos()
+    turned = sidereal.to(place)[:, None, None] + east  # from the equinox to each meridian
+    return north.sin() * pole + north.cos() * (turned.cos() * equinox + turned.sin() * quarter)
 
 
 def calendar(time: Int[Tensor, "batch"]) -> Float[Tensor, "batch 4"]:

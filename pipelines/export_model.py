@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from metnet import model as engine
 from metnet.advection import KEPT, bordered, come_from, sampled, smooth_at
+from metnet.axial_head import Coherent
 from metnet.batch import Batch
 from metnet.mended import mended
 from metnet.model import Changes, MetNet, Moving
@@ -104,6 +105,7 @@ def export(
     holds_network = (run_folder(path) / CARD).is_file()
     asks_for_graph = Path(to).suffix in GRAPHS
     if not holds_network and not asks_for_graph:
+        _refuse(path, "a network", {"cube": cube, "size": size, "lead_times": lead_times})
         return export_data(path, to, group, run, start, end, license)
     if not (holds_network and asks_for_graph):
         kinds = " or ".join(f"{kind} that ends in {suffix}" for suffix, kind in GRAPHS.items())
@@ -111,6 +113,9 @@ def export(
             f"path={path}, to={to}: a network is a run folder of metnet train with {CARD} in it, which "
             f"{'is' if holds_network else 'is not'} there, and becomes {kinds}; data become .zarr or .nc"
         )
+    named = None if group == RADAR else group
+    of_data = {"group": named, "run": run, "start": start, "end": end, "license": license}
+    _refuse(path, "a cube or forecasts", of_data)
     target = untaken("to", to)
     if Path(to).suffix == ".onnx" and (lacking := [n for n in NEEDED if importlib.util.find_spec(n) is None]):
         raise ValueError(
@@ -121,6 +126,17 @@ def export(
     learned = [opened["path"] for opened in made.card["cubes"]]
     leads = made.lead_times if lead_times is None else tuple(float(lead) for lead in lead_times)
     return write_graph(made, target, _cube(learned[0]) if cube is None else rain_cube(cube), size, leads)
+
+
+def _refuse(path: str, those: str, given: Mapping[str, object]) -> None:
+    """Refuses what is said of something else than what is written, and would change nothing.
+
+    Raises:
+        ValueError: naming it.
+    """
+    idle = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if idle:
+        raise ValueError(f"{', '.join(idle)}: expected of {those} only, which {path} is not; leave it out")
 
 
 def _cube(learned: str) -> Observations:
@@ -328,11 +344,13 @@ def _network(made: TrainedModel) -> MetNet:
     """The network of a model.
 
     Raises:
-        ValueError: for a published one, which sees the past anew for each lead time.
+        ValueError: for a published one, which sees the past anew for each lead time, or one with a head that
+            draws members pixel by pixel.
     """
     if not isinstance(made.network, MetNet):
+        why = "those with a head" if isinstance(made.network, Coherent) else "those published"
         raise ValueError(
-            f"the network is a {type(made.network).__name__}: no graph is written of those published; "
+            f"the network is a {type(made.network).__name__}: no graph is written of {why}; "
             "expected the run folder of a MetNet, such as model=small"
         )
     return made.network
@@ -346,7 +364,8 @@ def _write_pt2(graph: Graph, inputs: tuple[Tensor, ...], to: Path) -> None:
 def _write_onnx(graph: Graph, inputs: tuple[Tensor, ...], to: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on parts of the ONNX packages themselves
-        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+        for name in ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         program = torch.onnx.export(
             graph,
             inputs,

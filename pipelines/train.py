@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from icechunk import IcechunkError
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Timer
@@ -21,9 +22,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from metnet.axial_head import Coherent
-from metnet.head import Ordinal
 from metnet.forward import FORWARD
+from metnet.head import Ordinal
 from metnet.loss import Loss, cross_entropy, ordinal
+from metnet.metnet2 import MetNet2
 from metnet.model import MetNet
 from pipelines import destination
 from pipelines.augmentation import NOTHING_CHANGED, Augmentation
@@ -199,13 +201,14 @@ def train(
     training, validating = samples_of(sampling, learned, kept, validation, start, end)
     leads = sorted({lead for each in training for lead in each.lead_times})
     _say_unlearned(lead_times, leads)
-    if (planes := getattr(network, "planes", None)) is not None:
-        planes.check(leads)
+    _check_seen(network, crop, [*training, *validating], leads)
     _say_large(batch_size, training)
     data = RadarData(Mixed(training, batch_size, seed), validating, workers)
     if begun is not None:
         warn_of_seen(begun, [each.cube for each in validating])
     snapshots = {opened.path: opened.snapshot for opened in (*learned, *kept)}
+    with quiet():
+        made = _trainer(trainer, data, folder, check_every, strategy, pictures)
     with alone_in(folder):
         begin(folder, config, snapshots, begun)
         if begun is None:
@@ -219,7 +222,7 @@ def train(
             keep_prior(network, folder)
         task = Task(network, Learning(learning_rate), habits, data, lead_times)
         with quiet():
-            fitted = _fit(trainer, task, data, folder, check_every, strategy, pictures)
+            fitted = _fit(made, task, data, folder)
         if helps():
             return None
         network = model().eval()  # afresh: that of the task may be shared out among processes
@@ -250,6 +253,31 @@ def _say_unlearned(asked: Sequence[float], learned: Sequence[float]) -> None:
     if none:
         told = ", ".join(f"{lead:g}" for lead in none)
         log.info("no cube is of a cadence, and long enough, to learn from at lead times of %s min", told)
+
+
+def _check_seen(
+    network: nn.Module, crop: int, samples: Sequence[Samples], lead_times: Sequence[float]
+) -> None:
+    """Refuses lead times and sizes of samples that a network was not made for.
+
+    Raises:
+        ValueError: naming them.
+    """
+    told = network.network if isinstance(network, Coherent) else network  # the lead times
+    if (planes := getattr(told, "planes", None)) is not None:
+        planes.check(lead_times)
+    if isinstance(told, MetNet2):
+        told.covered(torch.tensor(lead_times))
+    if not isinstance(told, Published):
+        return
+    for each in samples:
+        if each.size != (told.side, told.side):
+            rows, columns = each.size
+            raise ValueError(
+                f"crop={crop}: samples of {each.cube.path} have {rows} x {columns} cells, and this "
+                f"{type(told).__name__} sees {told.side} x {told.side}; expected crop={told.side}, and cubes "
+                "at least as large"
+            )
 
 
 def _say_large(batch_size: int, training: Sequence[Samples]) -> None:
@@ -352,15 +380,25 @@ def _loss_of(network: nn.Module) -> Loss:
     return ordinal if isinstance(getattr(network, "link", None), Ordinal) else cross_entropy
 
 
-def _fit(
+def _trainer(
     make: Callable[..., Trainer],
-    task: Task,
     data: RadarData,
     folder: Path,
     check_every: int,
     strategy: Strategy | None,
     pictures: bool,
-) -> "Fitted":
+) -> Trainer:
+    """Lightning's trainer with all that looks on: what it refuses, it refuses before a prior is fitted."""
+    validated = bool(data.validation)
+    callbacks: list[Callback] = [Progress(data.training.batch_size, sys.stderr.isatty())]
+    callbacks += [Pictures(folder / "pictures")] if pictures and validated else []
+    callbacks += [WriteScores(folder / VALIDATION)] if validated else []
+    trainer = make_trainer(make, [*callbacks, Checkpoints(folder / FOLDER, check_every)], folder, strategy)
+    trainer.val_check_interval = check_every * trainer.accumulate_grad_batches  # of batches
+    return trainer
+
+
+def _fit(trainer: Trainer, task: Task, data: RadarData, folder: Path) -> "Fitted":
     """Trains from the newest checkpoint, or from the start, to the limit; keeps what validates best.
 
     The network as it began counts too: a short training can spoil the fitted prior, or other weights.
@@ -369,11 +407,6 @@ def _fit(
         KeyboardInterrupt: if it was told to stop, once a checkpoint is written.
     """
     validated = bool(data.validation)
-    callbacks: list[Callback] = [Progress(data.training.batch_size, sys.stderr.isatty())]
-    callbacks += [Pictures(folder / "pictures")] if pictures and validated else []
-    callbacks += [WriteScores(folder / VALIDATION)] if validated else []
-    trainer = make_trainer(make, [*callbacks, Checkpoints(folder / FOLDER, check_every)], folder, strategy)
-    trainer.val_check_interval = check_every * trainer.accumulate_grad_batches  # of batches
     last = newest(folder / FOLDER)
     try:
         if validated and last is None:
@@ -385,6 +418,14 @@ def _fit(
     except SystemExit as stop:  # what Lightning makes of Ctrl+C
         raise KeyboardInterrupt from stop
     steps = trainer.global_step
+    if 0 <= trainer.max_steps < steps:
+        log.warning(
+            "trainer.max_steps=%d: %s has learned for %d steps already, which are kept; for fewer, choose "
+            "another run folder",
+            trainer.max_steps,
+            folder,
+            steps,
+        )
     if validated and task.scored_at != steps:
         _validate(trainer, task, data)
     timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
@@ -481,6 +522,7 @@ def _finish(
         "validation": fitted.scores or None,
         "scores": fitted.table or None,
         "software": f"metnet-nowcast {version()}",
+        "forward": FORWARD,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
@@ -510,4 +552,3 @@ def _name(loss: Loss) -> str:
 def _told(cube: Observations) -> dict[str, Any]:
     """What a card says of a cube."""
     return {"path": cube.path, "snapshot": cube.snapshot, "cell_size": cube.grid.cell_size}  # metres
-        "forward": FORWARD,

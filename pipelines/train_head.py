@@ -139,6 +139,7 @@ def train_head(
     several = len(paths) + len(validation_cubes) > 1
     for path in (*paths, *validation_cubes):
         _check(path, base, leads, crop, several)
+    base.warn_of_unlearned(leads)
     call = _call(base, leads, crop, dim, heads, layers, dropout)
     beside = {key: base.card[key] for key in ("satellite", "static", "reach")}
     done = train(

@@ -14,10 +14,23 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 PRECISIONS = ("32-true", "bf16-mixed")  # 16 bits would want losses that are scaled
 AUTO = "auto"  # the quicker of them
+OWN = {  # of the trainer's arguments: what goes on and what is kept follow from them
+    "callbacks",
+    "check_val_every_n_epoch",
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "max_epochs",
+    "num_sanity_val_steps",
+    "strategy",
+    "use_distributed_sampler",
+    "val_check_interval",
+}
 log = logging.getLogger(__name__)
 
 
@@ -27,8 +40,14 @@ def make_trainer(
     """The trainer, with a clock if it has none.
 
     Raises:
-        ValueError: if it would never end, or refuses its arguments.
+        ValueError: if it would never end, refuses its arguments, or is given one that is not its user's.
     """
+    given = make.keywords if isinstance(make, partial) else {}
+    for key in sorted(OWN & given.keys()):
+        instead = "choose strategy=ddp or fsdp" if key == "strategy" else "leave it out"
+        raise ValueError(
+            f"trainer.{key}={given[key]}: expected no such key, which is the training's own; {instead}"
+        )
     try:
         trainer = make(
             max_epochs=-1,
@@ -48,9 +67,19 @@ def make_trainer(
         )
     except (AttributeError, MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
         if isinstance(error, AttributeError) or "Timer" in str(error):  # what Lightning says of max_time=5
-            given = make.keywords.get("max_time") if isinstance(make, partial) else "?"
+            time = given.get("max_time", "?")
             raise ValueError(
-                f"trainer.max_time={given}: expected days:hours:minutes:seconds, such as 00:00:15:00"
+                f"trainer.max_time={time}: expected days:hours:minutes:seconds, such as 00:00:15:00"
+            ) from error
+        if str(error).startswith("Precision"):
+            raise ValueError(
+                f"trainer.precision={given.get('precision', '?')}: expected one of "
+                f"{', '.join((*PRECISIONS, AUTO))}"
+            ) from error
+        if (accelerator := _accelerator(make)) not in ("auto", "cpu"):
+            raise ValueError(
+                f"trainer.accelerator={accelerator}: {error}; expected one that this machine has, such as "
+                "cpu, or auto, which takes a GPU where there is one"
             ) from error
         raise ValueError(f"{error}; trainer: expected the keys and values of Lightning's Trainer") from error
     _check(trainer, strategy)
@@ -79,7 +108,7 @@ def decided(
             f"trainer.precision={asked}: expected one of {', '.join((*PRECISIONS, AUTO))}; "
             "take bf16-mixed, which needs no scaling of the loss"
         )
-    accelerator = str(given.get("accelerator", "auto"))
+    accelerator = _accelerator(make)
     if asked == AUTO:
         quick = "bf16-mixed" if _knows_bfloat16(accelerator) else "32-true"
         log.info("trainer.precision=auto: %s", before or f"{quick}, which is the quicker one here")
@@ -93,6 +122,12 @@ def decided(
             asked,
         )
     return make, config
+
+
+def _accelerator(make: Callable[..., Trainer]) -> str:
+    """What is asked for."""
+    given = make.keywords if isinstance(make, partial) else {}
+    return str(given.get("accelerator", "auto"))
 
 
 def _knows_bfloat16(accelerator: str) -> bool:
@@ -127,6 +162,23 @@ def _check(trainer: Trainer, strategy: Strategy | None) -> None:
     ):
         if not is_right:
             raise ValueError(f"trainer.{key}={value}: expected {expected}")
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_shares(strategy, trainer.num_devices * trainer.num_nodes)
+
+
+def _check_shares(strategy: ModelParallelStrategy, processes: int) -> None:
+    """Refuses to share weights out among other processes than there are, which Lightning does at the start.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    shares, split = strategy._data_parallel_size, strategy._tensor_parallel_size
+    numbers = [size for size in (shares, split) if isinstance(size, int)]
+    if len(numbers) == 2 and math.prod(numbers) != processes:
+        raise ValueError(
+            f"strategy.data_parallel_size={shares}: expected {processes}, as many as there are processes "
+            "(trainer.devices x trainer.num_nodes); set one of them to the other"
+        )
 
 
 @contextmanager

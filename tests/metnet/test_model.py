@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -290,6 +291,26 @@ def test_compiled_it_learns_the_same_and_other_lead_times_compile_nothing_anew()
 def test_a_stochastic_depth_that_is_no_probability_is_refused(share):
     with pytest.raises(ValueError, match=r"stochastic_depth=.*expected a probability below 1"):
         MetNet(stochastic_depth=share)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fine_channels": 0}, {"lead_features": 0}, {"grid": (4,)}, {"grid": (4, 4, 4)}]
+)
+def test_a_network_without_a_width_or_on_a_grid_that_is_none_is_refused_by_its_argument(sizes):
+    [(name, size)] = sizes.items()
+    said = re.escape(f"{name}={list(size) if name == 'grid' else size}")
+    with pytest.raises(ValueError, match=rf"{said}.*: expected at least 1 of each, and the rows and the col"):
+        MetNet(channels=8, **sizes)
+
+
+@pytest.mark.parametrize("minutes", [[], [0.0], [-5.0, 5.0], [float("nan")]])
+def test_lead_times_of_which_there_is_no_forecast_are_refused_and_not_answered_by_nan(minutes):
+    asked = {"lead_time": torch.tensor(minutes), "target": None}
+    batch = replace(storms(), motion=torch.zeros(2, 2, 32, 32), **asked)
+    net = MetNet(frames=3, channels=8, fine_channels=4, depth=0, attention=small_attention, grid=(8, 8))
+    for answer in (net, net.logits):
+        with pytest.raises(ValueError, match=r"^lead_time=.*: expected one or more, in minutes above 0"):
+            answer(batch)
 
 
 def test_without_a_prior_that_could_answer_in_its_place_the_network_is_always_heard():

@@ -89,6 +89,19 @@ def test_missing_rain_has_no_class_and_rain_above_the_top_the_last() -> None:
     assert SMALL.classify(rates).tolist() == [[-1, 0, 0, 1, 3]]
 
 
+def test_classes_from_a_yaml_file_are_those_made_in_python() -> None:
+    listed = RainBins([0.1, 1, 10], 100)
+
+    assert listed == RainBins((0.1, 1.0, 10.0), 100.0)
+    assert hash(listed) == hash(RainBins((0.1, 1.0, 10.0), 100.0))
+
+
+@pytest.mark.parametrize(("edges", "top"), [((0.1, np.nan), 5.0), ((0.1, 1.0), np.inf), ((0.1, 1.0), np.nan)])
+def test_classes_between_rates_that_are_no_numbers_are_refused(edges: tuple[float, ...], top: float) -> None:
+    with pytest.raises(ValueError, match="expected rates in mm/h that rise from above 0"):
+        RainBins(edges, top)
+
+
 def test_metnets_classes_are_512_of_a_fifth_of_a_millimetre() -> None:
     bins = RainBins.linear()
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from metnet.scaling import FieldScaling, RainScaling, scaled_rain, unscaled_rain
 
@@ -60,6 +61,11 @@ def test_only_centre_and_spread_are_kept_with_the_weights():
 def test_what_is_neither_rain_nor_centre_and_spread_is_refused(unit):
     with pytest.raises(ValueError, match=r"the unit of a channel is .* its spread above 0, or the word rain"):
         FieldScaling(("rain", unit))
+
+
+def test_one_pair_in_place_of_a_list_of_pairs_is_refused_by_what_it_is():
+    with pytest.raises((ValueError, TypeCheckError), match="250"):  # types are checked first where they are
+        FieldScaling((250, 25))
 
 
 def test_a_card_says_of_each_channel_how_it_is_scaled():

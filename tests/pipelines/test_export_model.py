@@ -15,9 +15,10 @@ from safetensors.torch import save
 
 from metnet import prior
 from metnet.attention.axial import AxialAttention
+from metnet.axial_head import AxialHead, Coherent
 from metnet.calibration import Calibration
-from metnet.lead_time import LeadTimePlanes
 from metnet.forward import FORWARD
+from metnet.lead_time import LeadTimePlanes
 from metnet.model import MetNet, Moving
 from metnet.rain import RainBins
 from pipelines import export_model
@@ -218,6 +219,17 @@ def test_a_graph_carries_rain_as_the_network_does_however_late_and_far(missing):
 
 @needs_onnx
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore")
+def test_an_onnx_model_of_a_network_that_sees_the_sun_says_what_the_network_says(cube, tmp_path):
+    model, to = made(small(position=True, advection=False), cube), tmp_path / "model.onnx"
+    written(model, cube, to, size=[8, 8], lead_times=(5.0,))  # which compares the two
+    card = json.loads(Path(f"{to}.json").read_text())
+    assert {"place", "init_time"} < {entry["name"] for entry in card["inputs"]}
+    assert max(card["largest_difference"].values()) < 1e-5
+
+
+@needs_onnx
+@pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_onnx_model_says_what_the_network_says(cube, tmp_path):
@@ -304,6 +316,15 @@ def test_of_a_published_network_no_graph_is_written_and_that_is_said(cube, tmp_p
         written(made(network, cube), cube, tmp_path / "model.pt2")
 
 
+def test_of_a_network_with_a_head_no_graph_is_written_and_that_is_said(cube, tmp_path):
+    network = small()
+    head = AxialHead(network.bins, (8, 8), leads=2, dim=8, heads=2)
+    with pytest.raises(
+        ValueError, match="the network is a Coherent: no graph is written of those with a head"
+    ):
+        written(made(Coherent(network, head), cube), cube, tmp_path / "model.pt2")
+
+
 def run_folder(cube, folder):
     """As `metnet train` leaves it."""
     arguments = {"frames": FRAMES, "channels": 8, "fine_channels": 4, "depth": 1}
@@ -337,6 +358,17 @@ def test_the_command_tells_a_network_from_data(cube, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="something is there already"):
         (tmp_path / "model.onnx").touch()
         export(str(run), str(tmp_path / "model.onnx"))
+
+
+def test_what_is_said_of_the_other_kind_of_export_is_refused_and_not_silently_left_out(cube, tmp_path):
+    run = run_folder(cube, tmp_path / "run")
+    for key, value in (("group", "static"), ("run", "newest"), ("start", "2024"), ("license", "CC0-1.0")):
+        with pytest.raises(ValueError, match=f"^{key}={value}: expected of a cube or forecasts only, which"):
+            export(str(run), str(tmp_path / "model.pt2"), **{key: value})
+    for key, value in (("cube", str(cube)), ("size", [8, 8]), ("lead_times", [5.0])):
+        with pytest.raises(ValueError, match=f"^{key}=.*: expected of a network only, which .* is not"):
+            export(str(cube), str(tmp_path / "radar.nc"), **{key: value})
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_it_names_the_packages_that_onnx_needs(cube, tmp_path, monkeypatch):

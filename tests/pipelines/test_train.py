@@ -11,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,7 +26,18 @@ from pipelines.drop_out import DropOut
 from pipelines.task import Learning, Task
 from pipelines.train import train
 from pipelines.trained import CARD, trained
-from tests.pipelines.training import ATTENTION, FIVE, MODEL, PUBLISHED, START, drifting, made_cube, trained_on
+from tests.pipelines.training import (
+    ATTENTION,
+    FIVE,
+    MODEL,
+    PUBLISHED,
+    START,
+    WIDE,
+    drifting,
+    made_cube,
+    made_wide_cube,
+    trained_on,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "uncalibrated")
 CALIBRATED = pipelines.train._calibrated
@@ -97,6 +109,16 @@ def test_the_card_says_where_the_model_comes_from(cube, run):
     assert card["software"].startswith("metnet-nowcast ")
     forecaster = trained(run)
     assert (forecaster.frames, forecaster.cadences, forecaster.lead_times) == (2, (FIVE,), (5.0, 10.0, 15.0))
+
+
+def test_a_network_with_classes_of_its_own_is_opened_again(cube, tmp_path):
+    bins = {
+        "_target_": "metnet.rain.RainBins",
+        "edges": [0.1, 1, 10],
+        "top": 100,
+    }  # as the command line has it
+    trained_on(cube, tmp_path / "run", steps=1, model={**MODEL, "bins": bins})
+    assert trained(tmp_path / "run").network.bins.edges == (0.1, 1.0, 10.0)
 
 
 def test_a_finished_run_is_left_alone_and_says_so(cube, run):
@@ -220,9 +242,28 @@ def test_a_longer_limit_goes_on_with_a_finished_run(cube, tmp_path):
     assert not torch.equal(first["head.classify.weight"], weights_of(tmp_path)["head.classify.weight"])
 
 
+def test_a_limit_below_what_was_learned_takes_nothing_back_and_says_so(cube, run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run")
+    assert trained_on(cube, tmp_path / "run", steps=2).steps == 6
+    assert f"trainer.max_steps=2: {tmp_path / 'run'} has learned for 6 steps already" in caplog.text
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+
+
 def test_a_run_folder_of_another_call_is_refused(cube, run):
     with pytest.raises(ValueError, match=r"learning_rate=0.5 \(it was 0.01\); choose another run folder"):
         trained_on(cube, run, steps=6, learning_rate=0.5)
+
+
+@pytest.mark.parametrize("card", [True, False], ids=["finished", "cut off"])
+def test_a_run_of_software_that_computes_otherwise_does_not_go_on(cube, run, tmp_path, card):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model.json").unlink() if not card else None
+    begun = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**begun, "forward": 0}))
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected forward=\d+, got 0: .* into another folder"
+    ):
+        trained_on(cube, tmp_path / "run", steps=6)
 
 
 def test_a_wrong_setting_may_be_put_right_in_the_same_folder(cube, tmp_path):
@@ -238,33 +279,22 @@ def test_a_run_folder_of_another_call_names_only_what_differs(cube, run, monkeyp
 
 
 def test_a_prior_that_was_fitted_with_other_settings_is_not_taken_over(cube, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.train._fit", None)  # stopped before its first step
     place = tmp_path / "run" / "prior.safetensors"
-    with pytest.raises(ValueError, match="max_steps"):
-        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path / "run", steps=1, prior_steps=4)
     first = place.read_bytes()
-    with pytest.raises(ValueError, match="max_steps"):
-        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path / "run", steps=1, prior_steps=4)
     assert place.read_bytes() == first
-    with pytest.raises(ValueError, match="max_steps"):
-        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=9)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path / "run", steps=1, prior_steps=9)
     second = place.read_bytes()
     assert second != first
     monkeypatch.setattr("pipelines.run_folder.rank_zero_only.rank", 1, raising=False)
-    with pytest.raises(ValueError, match="max_steps"):
-        trained_on(cube, tmp_path / "run", steps=-5, prior_steps=4)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path / "run", steps=1, prior_steps=4)
     assert place.read_bytes() == first, "a process that comes before the first one sees it too"
-
-@pytest.mark.parametrize("card", [True, False], ids=["finished", "cut off"])
-def test_a_run_of_software_that_computes_otherwise_does_not_go_on(cube, run, tmp_path, card):
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "model.json").unlink() if not card else None
-    begun = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**begun, "forward": 0}))
-    with pytest.raises(
-        ValueError, match=r"config\.json: expected forward=\d+, got 0: .* into another folder"
-    ):
-        trained_on(cube, tmp_path / "run", steps=6)
-
 
 
 @pytest.mark.parametrize(
@@ -289,7 +319,7 @@ def test_a_wrong_value_is_refused_by_its_name_before_any_work(cube, tmp_path, ke
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("precision", name) for name in ("16-mixed", "16-true", "bf16-true", "64-true")),
+        *(("precision", name) for name in ("16-mixed", "16-true", "bf16-true", "64-true", "8", "half")),
         ("log_every_n_steps", -1),
         *((key, 2) for key in ("devices", "num_nodes")),
         *(("accumulate_grad_batches", count) for count in (0, -2)),
@@ -299,6 +329,40 @@ def test_a_wrong_value_is_refused_by_its_name_before_any_work(cube, tmp_path, ke
 def test_what_lightning_would_take_and_get_wrong_is_refused(cube, tmp_path, key, value):
     with pytest.raises(ValueError, match=rf"^trainer\.{key}={value}: expected"):
         trained_on(cube, tmp_path / "run", steps=1, trainer={key: value})
+    assert not (tmp_path / "run").exists(), "before any work"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("strategy", "ddp", "choose strategy=ddp or fsdp"),
+        ("max_epochs", 3, "leave it out"),
+        ("val_check_interval", 1, "leave it out"),
+    ],
+)
+def test_what_a_training_sets_by_itself_is_refused_and_not_silently_replaced(
+    cube, tmp_path, key, value, instead
+):
+    with pytest.raises(ValueError, match=rf"^trainer\.{key}={value}: expected no such key.*; {instead}"):
+        trained_on(cube, tmp_path / "run", steps=1, trainer={key: value})
+
+
+@pytest.mark.parametrize("shares", [2, 8])
+def test_weights_shared_out_among_other_processes_than_there_are_are_refused_before_any_work(
+    cube, tmp_path, shares
+):
+    strategy = ModelParallelStrategy(shares, 1, save_distributed_checkpoint=False)
+    with pytest.raises(ValueError, match=rf"^strategy\.data_parallel_size={shares}: expected 1, as many"):
+        trained_on(cube, tmp_path / "run", steps=1, strategy=strategy)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_by_what_to_take(cube, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for accelerator in ("cuda", "tpus"):
+        with pytest.raises(ValueError, match=rf"^trainer\.accelerator={accelerator}: .*such as cpu, or auto"):
+            trained_on(cube, tmp_path / "run", steps=1, trainer={"accelerator": accelerator})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
@@ -441,6 +505,18 @@ def test_lead_times_without_a_plane_are_refused_before_any_work(cube, tmp_path):
     with pytest.raises(ValueError, match="5 min: the network's planes stand for 10 to 30 min"):
         trained_on(cube, tmp_path, steps=2, model={**MODEL, "lead_time": planes})
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_samples_and_lead_times_that_a_published_network_was_not_made_for_are_refused_before_any_work(
+    name, tmp_path
+):
+    wide, model = made_wide_cube(tmp_path / "wide", 72), PUBLISHED[name]
+    with pytest.raises(ValueError, match=r"^crop=32: samples of .* have 32 x 32 cells, .*; expected crop=64"):
+        trained_on(wide, tmp_path / "run", steps=1, model=model, **{**WIDE, "crop": 32})
+    with pytest.raises(ValueError, match=r"^lead times? 20 min: .* to 15 min"):
+        trained_on(wide, tmp_path / "run", steps=1, model=model, lead_times=[5, 20], **WIDE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(cube, tmp_path, monkeypatch):
@@ -606,13 +682,14 @@ def test_what_is_local_is_loaded_by_a_training_that_was_stopped_before_its_first
     assert torch.equal(weights["local.spread"], kept["spread"])
 
 
-def test_what_is_local_is_fitted_anew_where_half_of_the_start_is_missing(cube, tmp_path):
-    with pytest.raises(ValueError, match="max_steps"):
-        trained_on(cube, tmp_path, steps=-5, prior_steps=3, local_steps=3)
+def test_what_is_local_is_fitted_anew_where_half_of_the_start_is_missing(cube, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.train._fit", None)  # stopped before its first step
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3)
     prior, local = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("prior", "local"))
     (tmp_path / "local.safetensors").unlink()
-    with pytest.raises(ValueError, match="max_steps"):
-        trained_on(cube, tmp_path, steps=-5, prior_steps=3, local_steps=3)
+    with pytest.raises(TypeError):
+        trained_on(cube, tmp_path, steps=1, prior_steps=3, local_steps=3)
     assert (tmp_path / "prior.safetensors").read_bytes() == prior
     assert (tmp_path / "local.safetensors").read_bytes() == local, "to the same weights"
 

@@ -23,7 +23,7 @@ from pipelines.runs import ForecastStore
 from pipelines.task import Task
 from pipelines.train_head import train_head
 from pipelines.trained import TrainedModel, trained, with_motion
-from tests.pipelines.training import FIVE, PUBLISHED, START, drifting, made_cube, trained_on
+from tests.pipelines.training import FIVE, MODEL, PUBLISHED, START, drifting, made_cube, trained_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 8
@@ -215,6 +215,8 @@ def test_an_accumulation_over_a_window_is_had_from_its_members(told, tmp_path):
         ({"lead_times": [5, 190], "twice": True}, "^lead_times: .* has 40 frames, too few for 190 min"),
         ({"layers": 3}, r"layers=3: expected 2, 4"),
         ({"heads": 5}, "heads=5"),
+        ({"dropout": 1.0}, "dropout=1.0: expected a share from 0 to below 1"),
+        ({"dropout": -0.1}, "dropout=-0.1: expected a share"),
         ({"learning_rate": 0.0}, "^learning_rate=0.0: expected"),
     ],
 )
@@ -224,6 +226,21 @@ def test_a_wrong_setting_is_refused_by_its_name_before_any_work(cube, network, t
     with pytest.raises(ValueError, match=said):
         head_on(cubes, network, tmp_path / "run", steps=1, **changed)
     assert not (tmp_path / "run").exists()
+
+
+def test_lead_times_without_a_plane_in_the_network_are_refused_before_any_work(cube, tmp_path):
+    planes = {"_target_": "metnet.lead_time.LeadTimePlanes", "step": 5.0, "count": 2}
+    trained_on(cube, tmp_path / "network", steps=1, lead_times=[5, 10], model={**MODEL, "lead_time": planes})
+    with pytest.raises(ValueError, match="lead times 15 min: the network's planes stand for 5 to 10 min"):
+        head_on(cube, tmp_path / "network", tmp_path / "run", steps=1, lead_times=[5, 15])
+    assert not (tmp_path / "run").exists()
+
+
+def test_lead_times_that_the_network_never_learned_are_told(cube, network, tmp_path, caplog):
+    head_on(cube, network, tmp_path / "known", steps=0)
+    assert "the model never saw any" not in caplog.text
+    head_on(cube, network, tmp_path / "run", steps=0, lead_times=[5, 20])
+    assert "lead times beyond 15 min: the model never saw any" in caplog.text
 
 
 def test_a_cube_of_a_cadence_that_the_network_never_saw_is_refused(network, tmp_path):
