@@ -257,11 +257,6 @@ class Cube:
         names = [None, *str(array.attrs["flag_meanings"]).split()[1:]]
         return [names[int(index)] for index in np.asarray(array[:])]
 
-    def digests(self) -> list[str | None]:
-        """For every step of the time axis, the SHA-256 of the file that its frame was read from."""
-        stored = np.asarray(_array(self._group, "source_sha256")[:])
-        return [digest.tobytes().hex() if digest.any() else None for digest in stored]
-
     def sources(self, first: datetime | None = None, last: datetime | None = None) -> dict[datetime, str]:
         """By valid time, the SHA-256 of the files of the frames within [first, last]; None: without end."""
         start, cadence, size = self._axis.start, self._axis.cadence, self._axis.size

@@ -20,7 +20,6 @@ from pipelines.decoding import checksums, sandbox
 from pipelines.decoding.reader import Limits, Readers
 from pipelines.decoding.refusal import Code, Refusal
 from pipelines.frame import Frame
-from pipelines.grid import Grid
 from pipelines.sources.source import SAFE_NAME, RemoteFile, Source, within
 
 AHEAD = timedelta(hours=1)  # of our clock: clocks differ, and nobody has observed the future
@@ -43,11 +42,10 @@ class Decoder:
     folder, of a source that says `beside` all of the source's folder.
     """
 
-    def __init__(self, source: Source, limits: Limits | None = None, grid: Grid | None = None):
-        """The processes start with the first file; `grid`: the one that every frame must be on."""
+    def __init__(self, source: Source, limits: Limits | None = None):
+        """The processes start with the first file."""
         self.source = source
         self.limits = limits or Limits()
-        self.grid = grid
         self._readers: Readers | None = None
         self._inbox: tempfile.TemporaryDirectory[str] | None = None
         self._last: _Taken | None = None
@@ -243,8 +241,6 @@ class Decoder:
                 f"{name}: valid at {frame.valid_time:%Y-%m-%dT%H:%M:%SZ}, which is yet to come; "
                 "is this machine's clock right?",
             )
-        if self.grid is not None and frame.grid != self.grid:
-            raise Refusal(Code.WRONG_GRID, f"{name}: on {frame.grid}; expected {self.grid}")
 
 
 def _check_observed(file: RemoteFile, frame: Frame) -> None:

@@ -20,14 +20,14 @@ from metnet.forecaster import Forecaster
 from metnet.model import MetNet
 from pipelines.beside import Beside
 from pipelines.export import export_run, place_of_run
-from pipelines.frame import parse_interval, parse_time
+from pipelines.frame import parse_interval, parse_time, whole_steps
 from pipelines.late import newest_past
 from pipelines.observations import Observations
 from pipelines.past import RADAR_ALONE
 from pipelines.plain import rain_cube
 from pipelines.progress import track
 from pipelines.run_blocks import tiled, whole
-from pipelines.run_facts import CALIBRATED, RunFacts
+from pipelines.run_facts import CALIBRATED, MISSING, SILENT, RunFacts
 from pipelines.runs import INPUT_AGE, ForecastStore, RunBlock, RunHeader
 from pipelines.trained import Published, TrainedModel, trained, with_motion
 from pipelines.version import version
@@ -53,8 +53,8 @@ class Forecasted:
     lead_times: tuple[float, ...]  # minutes
     made: tuple[str, ...]  # names of the runs written now
     there: tuple[str, ...]  # names of the runs that were there already
-    degraded: Mapping[str, str]  # by run made: the valid times of the past frames that were missing
-    completed: Mapping[str, str]  # by run there: the valid times that it was made without and that came since
+    degraded: Mapping[str, str]  # by run made: what it was made without, in words
+    completed: Mapping[str, str]  # by run there: what of that has come since
     covered: float  # share of the cells of the last run made that have a forecast at the last lead time
     seconds: float
     export: str | None
@@ -71,11 +71,10 @@ class Forecasted:
         if self.there:
             lines.append(f"already there: {_several('run', self.there)}")
         for name, missing in self.degraded.items():
-            lines.append(f"degraded: {name} was made without the frames of {missing}")
+            lines.append(f"degraded: {name} was made without {missing}")
         for name, come in self.completed.items():
             lines.append(
-                f"degraded: {name} was made without the frames of {come}, which have come since; "
-                "restate=true makes it again"
+                f"degraded: {name} was made without {come}, which came since; restate=true makes it again"
             )
         if self.export:
             lines.append(f"exported to {self.export}")
@@ -102,8 +101,9 @@ def forecast(
     """Forecasts from the past in a cube; a run that is there already is not made again.
 
     A run sees the cube up to its init time. Past frames that are missing are told to the model as NaN, a
-    newest frame that is late by its age; both are named in the run's attributes. Cells that no past frame
-    observed have no forecast (NaN).
+    newest frame that is late by its age; both are named in the run's attributes, and so are satellite groups
+    and static fields that it learned with and of which nothing is there. Cells that no past frame observed
+    have no forecast (NaN).
 
     Args:
         cube: its folder or URL.
@@ -190,9 +190,7 @@ def _warn_of_what_is_unlike(store: ForecastStore, cube: Observations, leads: Seq
             names[-1],
             cube.path,
         )
-    steps = [lead / _minutes(cube) for lead in leads]
-    between = [f"{lead:g}" for lead, step in zip(leads, steps, strict=True) if abs(step - round(step)) > 1e-3]
-    if between:
+    if between := [f"{lead:g}" for lead in leads if whole_steps(lead, cube.cadence) is None]:
         log.warning(
             "lead_times: at %s min the cube %s has no frame, one every %g min: these cannot be verified",
             ", ".join(between),
@@ -223,7 +221,7 @@ class _BlindError(ValueError):
 class _Run:
     """What is told of a run once it is made."""
 
-    missing: str  # valid times of the past frames that were missing
+    missing: str  # what it was made without, in words
     covered: float = math.nan  # share of the cells with a forecast at the last lead time
 
     def counting(self, blocks: Iterable[RunBlock], header: RunHeader) -> Iterator[RunBlock]:
@@ -255,10 +253,15 @@ def _run(
             return None
     beside = _beside(model)
     batch, missing = _past(cube, model.frames, header, stalest, beside)
+    silent = _silent(batch, beside)
+    if silent:
+        told = header.name, ", ".join(silent), cube.path
+        log.warning("%s: made without %s, which it learned with, and of which %s has nothing then", *told)
     facts = {
-        "inputs_missing": missing or "none",
+        MISSING: missing or "none",
         INPUT_AGE: f"{float(batch.age[0, -1]):g}",
-        "degraded": "true" if missing else "false",
+        SILENT: " ".join(silent) or "none",
+        "degraded": "true" if missing or silent else "false",
         "created": datetime.now(UTC).strftime(TEXT),
     }
     header = replace(header, attributes={**header.attributes, **facts})
@@ -266,7 +269,7 @@ def _run(
     if in_tiles:
         batch = with_motion(batch)  # of the whole grid: where tiles told their own, seams would show
     blocks = (tiled if in_tiles else whole)(model, batch, header)
-    run = _Run(missing)
+    run = _Run(_lacking(missing.split(), silent))
     if store.write_run(header, run.counting(blocks, header), again) is None:  # another process was first
         _check_same(store, header)
         return None
@@ -276,15 +279,23 @@ def _run(
 def _come_since(
     store: ForecastStore, cube: Observations, model: Forecaster, header: RunHeader, stalest: float
 ) -> str:
-    """The valid times of the frames that a run which is there was made without, and that the cube has now."""
+    """What a run that is there was made without, and the cube has now; in words."""
     if header.name not in store or store.header(header.name).attributes.get("degraded") != "true":
         return ""
-    before = store.header(header.name).attributes["inputs_missing"].split()
+    before, beside = store.header(header.name).attributes, _beside(model)
+    frames, sources = (before.get(key, "none").split() for key in (MISSING, SILENT))
     with suppress(_BlindError):  # less than before, after a rollback of the cube
-        _, missing = _past(cube, model.frames, header, stalest, _beside(model))
-        there = {f"{time:{TEXT}}" for time in compress(cube.times, cube.observed)}
-        return " ".join(time for time in before if time in there and time not in missing.split())
+        batch, missing = _past(cube, model.frames, header, stalest, beside)
+        there = {f"{time:{TEXT}}" for time in compress(cube.times, cube.observed)} - {*missing.split()}
+        there |= {*beside.satellite, *beside.static} - {*_silent(batch, beside)}
+        return _lacking(*([each for each in part if each in there] for part in (frames, sources)))
     return ""
+
+
+def _lacking(frames: Sequence[str], sources: Sequence[str]) -> str:
+    """Frames by their valid times, and sources by their names, in words."""
+    told = [f"the frames of {' '.join(frames)}"] if frames else []
+    return " and ".join([*told, ", ".join(sources)] if sources else told)
 
 
 def _beside(model: Forecaster) -> Beside:
@@ -309,6 +320,15 @@ def _past(
     ages = range(seconds[0], -1, -round(cube.cadence.total_seconds()))
     gone = [header.init_time - timedelta(seconds=age) for age in ages if age not in there]
     return batch, " ".join(f"{time:{TEXT}}" for time in gone)
+
+
+def _silent(batch: Batch, beside: Beside) -> list[str]:
+    """The satellite groups and static fields that a network is to see, and of which not one cell is known."""
+    names = list[str]()
+    for wanted, part, axis in ((beside.satellite, batch.satellite, 2), (beside.static, batch.static, 1)):
+        fields = () if part is None else part.unbind(dim=axis)
+        names += [name for name, field in zip(wanted, fields, strict=True) if field.isnan().all()]
+    return names
 
 
 def _init_times(
@@ -356,10 +376,9 @@ def _every_init_time(
     cube: Observations, frames: int, start: str | None, end: str | None, every: float | None
 ) -> list[datetime]:
     """All times with a complete past, thinned to multiples of `every` minutes after the cube's first time."""
-    minutes = _minutes(cube)
-    if every is not None and (every <= 0 or every % minutes):
-        raise ValueError(f"every={every:g}: expected a multiple of the cube's {minutes:g} minutes")
-    stride = 1 if every is None else round(every / minutes)
+    stride = 1 if every is None else whole_steps(every, cube.cadence)
+    if stride is None:
+        raise ValueError(f"every={every:g}: expected a multiple of the cube's {_minutes(cube):g} minutes")
     low, high = parse_interval(start, end)
     complete = [
         time
@@ -411,7 +430,7 @@ def _learned_leads(cube: Observations, model: TrainedModel) -> Sequence[float]:
     A network that is told the lead time as a number knows those between the ones that it learned.
     """
     minutes, learned = _minutes(cube), model.lead_times
-    fitting = [lead for lead in learned if not math.fmod(60 * lead, 60 * minutes)]
+    fitting = [lead for lead in learned if whole_steps(lead, cube.cadence)]
     steps = [minutes * (step + 1) for step in range(int(max(learned) / minutes))]
     told = isinstance(model.network, MetNet) and model.network.planes is None
     if told and cube.cadence not in model.cadences and 2 * len(fitting) < len(steps):

@@ -66,6 +66,13 @@ class Frame:
         return replace(self, grid=grid, values=values)
 
 
+def whole_steps(minutes: float, cadence: timedelta) -> int | None:
+    """How many steps of a cadence so many minutes are; None: no whole number of them, from 1 on."""
+    steps = minutes / (cadence.total_seconds() / 60)
+    nearest = round(steps) if math.isfinite(steps) else 0
+    return nearest if nearest > 0 and math.isclose(steps, nearest, abs_tol=1e-6) else None
+
+
 def parse_time(text: str | datetime, key: str = "") -> datetime:
     """A UTC time from ISO 8601 text (`2019-06-10T00:30`, `20190610T003000Z`); no offset means UTC.
 

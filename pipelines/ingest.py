@@ -185,7 +185,7 @@ def ingest(
             intake.take(files)
         else:
             offered: dict[str, NewFile] = {}  # by URL
-            since = first or _since(source, cube, group)
+            since = None if _group_of(source, group) == STATIC else first or _since(source, cube, group)
             with _feed(source, since, max_rate, cache, signals) as feed:
                 intake = Intake(
                     cube, group, batch, restate, place, partial(_fetched, feed, offered, read, follow)
@@ -236,8 +236,13 @@ def _since(source: Source, cube: str, group: str | None) -> datetime | None:
     """
     if not _is_remote(source):
         return None
-    there = _there(cube, [group or str(getattr(source, "group", RADAR))])
+    there = _there(cube, [_group_of(source, group)])
     return max(there, default=datetime.now(UTC)) - LOOKBACK
+
+
+def _group_of(source: Source, group: str | None) -> str:
+    """Where the source's frames go."""
+    return group or str(getattr(source, "group", RADAR))
 
 
 @contextmanager

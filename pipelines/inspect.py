@@ -179,7 +179,7 @@ def _forecasts(store: ForecastStore) -> Iterator[Fact]:
     yield "made by", ", ".join(f"{model} ({count})" for model, count in models.items())
     degraded = [header.name for header in headers if header.attributes.get("degraded") == "true"]
     shown = f": {', '.join(degraded[-SHOWN:])}" if degraded else ""
-    yield "degraded", f"{len(degraded)} runs, made with past frames missing{shown}" if degraded else "none"
+    yield "degraded", f"{len(degraded)} runs, made without some inputs{shown}" if degraded else "none"
     yield "lead times", f"{_numbers(newest.lead_times)} min"
     yield "thresholds", f"{_numbers(newest.thresholds)} mm/h"
     yield "quantiles", _numbers(newest.quantiles)

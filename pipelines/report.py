@@ -99,16 +99,11 @@ def second_sentence(report: Report) -> str:
 
 
 def verdict(report: Report, score: Score, baseline: str, lead: int) -> str:
-    """`better` or `worse` where the interval of the difference leaves out zero, else nothing."""
+    """`better` or `worse` where the whole interval is nearer to a perfect score, or farther; else nothing."""
     difference = report.differences[score.name][baseline]
-    low, high = float(difference.low[lead]), float(difference.high[lead])
-    if not (low > 0 or high < 0):
-        return ""
-    values = report.skill.values(score)[:, lead]
-    best = perfect(score)
-    ours = abs(float(values[0]) - best)
-    theirs = abs(float(values[report.skill.forecasters.index(baseline)]) - best)
-    return "better" if ours < theirs else "worse"
+    if difference.away_high[lead] < 0:
+        return "better"
+    return "worse" if difference.away_low[lead] > 0 else ""
 
 
 def text_table(report: Report) -> str:

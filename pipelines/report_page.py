@@ -99,13 +99,15 @@ def _reliability(skill: Skill) -> str:
 
 def _calibrated(skill: Skill) -> str:
     """What calibrating did to the distance from the diagonal, if the forecast was calibrated."""
-    said = [
-        f"{score.name.removeprefix('Calibration error ')} from "
-        f"{100 * _error(score, skill.uncalibrated[score.name]):.1f} to "
-        f"{100 * _error(score, skill.sums[score.name][0]):.1f} %"
-        for score in skill.scores
-        if isinstance(score, Reliability) and score.name in skill.uncalibrated
-    ]
+    said = []
+    for score in skill.scores:
+        if isinstance(score, Reliability) and score.name in skill.uncalibrated:
+            before, after = skill.uncalibrated[score.name], skill.sums[score.name][0]
+            runs = before.flatten(1).any(dim=1)  # that were calibrated
+            said.append(
+                f"{score.name.removeprefix('Calibration error ')} from "
+                f"{100 * _error(score, before[runs]):.1f} to {100 * _error(score, after[runs]):.1f} %"
+            )
     if not said:
         return ""
     return (

@@ -18,6 +18,7 @@ from metnet.batch import Batch
 from pipelines.augmentation import AS_OBSERVED, NOTHING_CHANGED, SIDE, Augmentation, Change, Leeway, widened
 from pipelines.beside import Beside, Sides, check_sources
 from pipelines.drop_out import DropOut
+from pipelines.frame import whole_steps
 from pipelines.grid import Grid
 from pipelines.observations import Observations
 from pipelines.past import RADAR_ALONE, cut
@@ -49,18 +50,17 @@ class Span:
         Raises:
             ValueError: if a lead time is no whole number of steps, or they do not rise from above 0.
         """
-        minutes = cadence.total_seconds() / 60
+        leads = []
         for lead in lead_times:
-            whole = 0 < lead < math.inf and math.isclose(lead / minutes, round(lead / minutes), abs_tol=1e-6)
-            if not whole:
+            if (steps := whole_steps(lead, cadence)) is None:
                 raise ValueError(
-                    f"lead_times: {lead:g} minutes is no multiple of the cube's cadence, {minutes:g} minutes"
-                    ", above 0"
+                    f"lead_times: {lead:g} minutes is no multiple of the cube's cadence, "
+                    f"{cadence.total_seconds() / 60:g} minutes, above 0"
                 )
-        leads = tuple(round(lead / minutes) for lead in lead_times)
-        if not leads or list(leads) != sorted(set(leads)):
+            leads.append(steps)
+        if not leads or leads != sorted(set(leads)):
             raise ValueError(f"lead_times={list(lead_times)}: expected minutes that rise, at least one")
-        return cls(frames, leads)
+        return cls(frames, tuple(leads))
 
     @classmethod
     def of_those(cls, cube: Observations, frames: int, lead_times: Sequence[float]) -> "Span":
@@ -71,9 +71,8 @@ class Span:
         Raises:
             ValueError: if there is none.
         """
-        cadence = cube.cadence.total_seconds()
-        longest = LONGEST * (len(cube.times) - 1) * cadence
-        fitting = [lead for lead in lead_times if not math.fmod(lead * 60, cadence) and lead * 60 <= longest]
+        longest = LONGEST * (len(cube.times) - 1)  # steps
+        fitting = [lead for lead in lead_times if 0 < (whole_steps(lead, cube.cadence) or 0) <= longest]
         return cls.of(cube.cadence, frames, fitting or lead_times)
 
     @property

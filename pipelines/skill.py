@@ -38,7 +38,7 @@ class Skill:
         """The score over all runs (forecaster, lead); NaN where nothing was counted."""
         return torch.stack([score.value(sums.sum(dim=0)) for sums in self.sums[score.name]])
 
-    def difference(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Difference":
+    def difference(self, score: Score, baseline: str, resamples: int = 1000) -> "Difference":
         """The forecast's score less a baseline's, with the interval that resampled runs span.
 
         A circular block bootstrap over runs (Politis & Romano 1992): forecasts whose times overlap err alike,
@@ -48,18 +48,20 @@ class Skill:
         ours, theirs = (score.value(sums.sum(dim=0)) for sums in paired)
         if len(self.init_times) < FEWEST_RUNS:
             unknown = torch.full_like(ours, torch.nan)
-            return Difference(ours - theirs, unknown, unknown, _by(ours - theirs, theirs), unknown, unknown)
-        drawn = self._draws(resamples, seed)
+            relative = _by(ours - theirs, theirs.abs())
+            return Difference(ours - theirs, unknown, unknown, relative, *[unknown] * 4)
+        drawn, best = self._draws(resamples), perfect(score)
         again = [_again(score, drawn, sums) for sums in paired]
         difference = again[0] - again[1]
         return Difference(
             ours - theirs,
             *_interval(difference),
-            _by(ours - theirs, theirs),
-            *_interval(difference / again[1]),
+            _by(ours - theirs, theirs.abs()),
+            *_interval(difference / again[1].abs()),
+            *_interval((again[0] - best).abs() - (again[1] - best).abs()),
         )
 
-    def ratio(self, score: Score, baseline: str, resamples: int = 1000, seed: int = 0) -> "Estimate":
+    def ratio(self, score: Score, baseline: str, resamples: int = 1000) -> "Estimate":
         """The forecast's mean score over the lead times by a baseline's, with the interval of resampled runs.
 
         Runs are drawn as `difference` draws them. Lead times at which either has no score are left out. NaN
@@ -70,13 +72,13 @@ class Skill:
         value = float(_by(_mean(ours, theirs), _mean(theirs, ours)))
         if len(self.init_times) < FEWEST_RUNS:
             return Estimate(value, math.nan, math.nan)
-        drawn = self._draws(resamples, seed)
+        drawn = self._draws(resamples)
         again = [_again(score, drawn, part) for part in sums]
         low, high = _interval(_mean(*again) / _mean(*again[::-1]))
         return Estimate(value, float(low), float(high))
 
     def pooled(
-        self, score: Score, statistic: Callable[[Tensor], Tensor], resamples: int = 1000, seed: int = 0
+        self, score: Score, statistic: Callable[[Tensor], Tensor], resamples: int = 1000
     ) -> "Estimate":
         """What a statistic of the score's sums says of the forecast over all runs and lead times together.
 
@@ -86,7 +88,7 @@ class Skill:
         value = float(statistic(sums.sum(dim=0, keepdim=True))[0])
         if len(self.init_times) < FEWEST_RUNS:
             return Estimate(value, math.nan, math.nan)
-        low, high = _interval(statistic(self._draws(resamples, seed) @ sums))
+        low, high = _interval(statistic(self._draws(resamples) @ sums))
         return Estimate(value, float(low), float(high))
 
     @property
@@ -99,10 +101,10 @@ class Skill:
         overlapping = round(self.lead_times[-1] / max(float(np.median(steps)), 1e-9))
         return max(1, min(overlapping, count // 4))
 
-    def _draws(self, resamples: int, seed: int) -> Tensor:
+    def _draws(self, resamples: int) -> Tensor:
         """How often each run is in each resample (resample, run)."""
         count = len(self.init_times)
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(0)  # for each score and baseline the same runs
         starts = random.integers(count, size=(resamples, -(-count // self.block)))
         chosen = (starts[:, :, None] + np.arange(self.block)) % count
         chosen = chosen.reshape(resamples, -1)[:, :count]
@@ -124,6 +126,8 @@ class Difference:
     relative: Tensor
     relative_low: Tensor
     relative_high: Tensor
+    away_low: Tensor  # of how much farther the forecast is from a perfect score than the baseline
+    away_high: Tensor
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Estimate:
         return f"{self.value:.3f}{span}"
 
 
-def over_events(ratios: Sequence[float], resamples: int = 1000, seed: int = 0) -> Estimate:
+def over_events(ratios: Sequence[float], resamples: int = 1000) -> Estimate:
     """The geometric mean of one ratio of several events, with the interval that events drawn anew span.
 
     Every event counts alike, however much it rained. NaN if any ratio is not known, or one of or to nothing.
@@ -158,7 +162,7 @@ def over_events(ratios: Sequence[float], resamples: int = 1000, seed: int = 0) -
     value = float(logarithms.mean().exp())
     if len(ratios) < FEWEST_RUNS:
         return Estimate(value, math.nan, math.nan)
-    drawn = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
+    drawn = np.random.default_rng(0).integers(len(ratios), size=(resamples, len(ratios)))
     low, high = _interval(logarithms[torch.from_numpy(drawn)].mean(dim=1).exp())
     return Estimate(value, float(low), float(high))
 

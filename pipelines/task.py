@@ -307,6 +307,8 @@ class Task(LightningModule):
         with torch.no_grad():
             for kept, newest in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 kept.lerp_(newest, 1 - memory)
+            for own, known in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                own.copy_(known)  # such as the statistics of a batch norm, which are means over time already
 
     def _some_leads(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch and its target at as many lead times as a step can afford, the same for all samples."""
@@ -367,7 +369,8 @@ class Task(LightningModule):
             loss = cross_entropy(logits, target, self.bins)
             forecast = BinnedForecast(logits.softmax(dim=2), self.bins)
         crps = forecast.crps(target)
-        persistence = self._seen_by(Persistence()(batch).members[:, 0])
+        standing = Persistence()(batch).members[:, 0]
+        persistence = self._seen_by(standing)
         error = (persistence - target).abs()
         both = torch.isfinite(crps) & torch.isfinite(error)
         seen = torch.isfinite(target).sum()
@@ -380,12 +383,12 @@ class Task(LightningModule):
                 both.sum(),
             ]
         ).to(self._sums)
-        self._score(batch, target, forecast)
+        self._score(batch, target, forecast, standing)
 
-    def _score(self, batch: Batch, target: Tensor, forecast: RainForecast) -> None:
+    def _score(self, batch: Batch, target: Tensor, forecast: RainForecast, standing: Tensor) -> None:
         """Scores the network, and the baselines where that is not known, on the pixels that all forecast."""
         members = {
-            "persistence": Persistence()(batch).members[:, 0],
+            "persistence": standing,
             "extrapolation": Extrapolation()(batch).members[:, 0],
         }
         baselines = {name: EnsembleForecast(self._seen_by(each)[:, None]) for name, each in members.items()}

@@ -23,7 +23,6 @@ from metnet.scores.score import Score
 from pipelines.destination import folder
 from pipelines.figures import Case, thinned
 from pipelines.frame import parse_interval
-from pipelines.grid import Grid
 from pipelines.late import past_at
 from pipelines.observations import Observations
 from pipelines.plain import rain_cube
@@ -167,13 +166,11 @@ class _Run:
     def open(cls, store: ForecastStore, name: str, past: "_Past") -> "_Run":
         header, cube = store.header(name), past.cube
         if header.grid != cube.grid:
-            raise _NothingToCountError(
-                f"made on a grid of {_grid_text(header.grid)}, the cube's is one of {_grid_text(cube.grid)}"
-            )
+            raise _NothingToCountError(f"made on a grid of {header.grid}, the cube's is one of {cube.grid}")
         valid = [header.init_time + timedelta(minutes=lead) for lead in header.lead_times]
         leads = tuple(index for index, time in enumerate(valid) if time in past.times)
         if not leads:
-            if all((time - cube.times[0]) % cube.cadence for time in valid):
+            if cube.times and all((time - cube.times[0]) % cube.cadence for time in valid):
                 every = cube.cadence.total_seconds() / 60
                 raise _NothingToCountError(f"no frame at its lead times, but every {every:g} min")
             raise _NothingToCountError(NOT_YET)
@@ -222,7 +219,10 @@ class _Run:
         minutes = [self.header.lead_times[lead] for lead in leads]
         known = self.past.cube, self.header.init_time, baseline.frames, minutes
         batch = past_at(*known, self.facts.input_age)
-        return tabulated(baseline(batch), self.header.thresholds, self.levels)
+        times = [self.header.init_time - timedelta(seconds=round(60 * age)) for age in batch.age[0].tolist()]
+        since = torch.tensor([time in self.facts.missing for time in times])  # frames that came too late
+        seen = replace(batch, radar=batch.radar.masked_fill(since[:, None, None], torch.nan))
+        return tabulated(baseline(seen), self.header.thresholds, self.levels)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -382,11 +382,3 @@ def _case_fields(run: _Run, lead: int, threshold: float, baseline: str) -> list[
         carried.quantile(0.5),
     )
     return [thinned(field[0, 0].numpy()) for field in fields]
-
-
-def _grid_text(grid: Grid) -> str:
-    """The size and place of a grid, in few words."""
-    return (
-        f"{grid.y_size} x {grid.x_size} cells of {grid.cell_size / 1000:.3g} km, "
-        f"north-west cell at x={grid.x_first:g}, y={grid.y_first:g}"
-    )

@@ -39,6 +39,7 @@ TOLD = (
     "input_snapshot",
     "degraded",
     "inputs_missing",
+    "sources_missing",
 )
 """What the world may know of how a run was made; the rest names folders of this machine."""
 

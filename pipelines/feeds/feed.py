@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,13 @@ from pipelines.sources.source import NamedSource, RemoteFile, first_of
 
 MOST = 1000  # files handed out at a time, so that a long past comes in parts
 PROBED = 1000  # names that are looked at to learn when a folder begins
+RISING = tuple(  # times that sort as text where any do
+    datetime(year, month, day, hour, tzinfo=UTC)
+    for year in (2023, 2024)
+    for month in (1, 2, 10)
+    for day in (2, 11)
+    for hour in (3, 14)
+)
 AHEAD = timedelta(hours=1)  # a name may be that far in the future: clocks differ
 ROUNDS = 5  # times that a file which does not arrive whole is handed out
 LOOKS = 20  # in a row without a new file, after which none is waited for that should long be there
@@ -343,15 +350,27 @@ def open_feed(
     Files that come more than `lookback` behind the newest one may be missed. See `place_at`.
 
     Raises:
-        ValueError: if the path is none of these, or the folder is not there.
+        ValueError: if the path is none of these, the folder is not there, or the names of the source's files
+            do not sort by time.
     """
     if source.path is None:
         raise ValueError("source.path=null: expected the folder or URL to follow")
+    _check_sorted(source)
     if largest > cache_largest:
         raise ValueError(f"cache_largest={cache_largest}: expected at least the {largest} bytes of one file")
     web = Web(manners, clock or SystemClock())
     place = place_at(source.path, web, quiet)
     return Feed(source, place, Cache(cache, cache_largest), web.clock, start, lookback, largest)
+
+
+def _check_sorted(source: NamedSource) -> None:
+    """Refuses a form of times that do not sort as text: behind the newest name, later ones would be lost."""
+    form = getattr(source, "time_format", None)
+    if form is not None and (told := [f"{time:{form}}" for time in RISING]) != sorted(told):
+        raise ValueError(
+            f"source.time_format={form}: names with such times do not sort by time; expected the year first, "
+            "then month and day, to follow a folder or read a URL; ingest a folder on this machine instead"
+        )
 
 
 def _pause(every: float, failures: int) -> float:

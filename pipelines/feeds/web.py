@@ -60,8 +60,8 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clock; `stop` ends every sleep (set it from a signal handler)."""
 
-    def __init__(self, stop: threading.Event | None = None):
-        self.stop = stop or threading.Event()
+    def __init__(self) -> None:
+        self.stop = threading.Event()
 
     @property
     def stopped(self) -> bool:

@@ -49,6 +49,7 @@ class Etopo:
     path: str | None = None
     sea_floor: bool = False  # keep what lies below sea level; False: it is 0 (dry depressions too)
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = "static"
     beside: ClassVar[bool] = True  # the heights, and the coordinates
 
     def valid_time(self, name: str) -> datetime | None:
@@ -93,6 +94,7 @@ class Srtm:
     path: str | None = None
     seconds: int = 3  # of arc, between samples: 3 (SRTMGL3) or 1 (SRTMGL1)
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = "static"
 
     def __post_init__(self) -> None:
         """Refuses other spacings."""
@@ -190,6 +192,7 @@ class Gtopo:
     grid: Grid | None = None  # that it must lie on; None: any cells of GTOPO30
     sha256: str | None = None  # that it must have, as the format has no checksum; None: any
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = "static"
 
     def valid_time(self, name: str) -> datetime | None:
         """Always, for the name of the file."""

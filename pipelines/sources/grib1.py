@@ -40,6 +40,7 @@ class StaticGrib1:
     product: str = "relief and land-sea mask in GRIB1"  # as a person would say it
     sha256: str | None = None  # that the file must have, as the format has no checksum; None: any
     trusted: ClassVar[bool] = False
+    group: ClassVar[str] = "static"
 
     def __post_init__(self) -> None:
         """Refuses parameters that are no static field."""

@@ -191,8 +191,10 @@ function ofAge({ name, stale, observed_until: time }) {
 
 function ofInputs({ degraded, made_by: by }) {
   if (!degraded) return "";
-  const missing = by.inputs_missing.split(" ").map((each) => text(each, CLOCK));
-  return `This forecast was made without the radar frames of ${missing.join(", ")} UTC.`;
+  const [frames, sources] = [by.inputs_missing, by.sources_missing].map((told = "none") => (told === "none" ? [] : told.split(" ")));
+  const times = frames.map((each) => text(each, CLOCK)).join(", ");
+  const lacking = [times && `the radar frames of ${times} UTC`, sources.join(", ")].filter(Boolean);
+  return `This forecast was made without ${lacking.join(" and ")}.`;
 }
 
 function ofGaps() {

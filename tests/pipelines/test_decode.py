@@ -312,15 +312,6 @@ def test_a_frame_of_another_time_than_the_name_says_is_refused(actor, play):
     assert caught.value.code == Code.WRONG_TIME
 
 
-def test_a_frame_on_other_cells_than_the_registered_ones_is_refused(actor, play):
-    other = Grid("EPSG:3035", 0.0, 1000.0, 4, 0.5, -1000.0, 3)
-    with Decoder(actor, grid=GRID) as decoder:
-        assert decoder.decode(play("well")).grid == GRID
-    with Decoder(actor, grid=other) as decoder, pytest.raises(Refusal, match="expected") as caught:
-        decoder.decode(play("well"))
-    assert caught.value.code == Code.WRONG_GRID
-
-
 def test_what_values_are_multiples_of_is_told(actor, play):
     assert [decode(actor, play(text)).scale_factor for text in ("count 0.5", "well")] == [0.5, None]
 

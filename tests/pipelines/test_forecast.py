@@ -21,16 +21,17 @@ from metnet.rain import BinnedForecast, EnsembleForecast, RainBins
 from pipelines import run_blocks
 from pipelines.baselines.extrapolation import Extrapolation
 from pipelines.baselines.persistence import Persistence
-from pipelines.cf import PRECIPITATION_FLAG, RAINFALL_RATE
+from pipelines.cf import ELEVATION, PRECIPITATION_FLAG, RAINFALL_RATE
 from pipelines.cube import Cube
 from pipelines.export import export as export_cube
 from pipelines.forecast import Forecasted, _learned_leads, forecast, from_path
-from pipelines.frame import Frame
+from pipelines.frame import ALWAYS, Frame
 from pipelines.grid import Grid
 from pipelines.plain import open_cube
 from pipelines.pretrained import run_folder
 from pipelines.run_facts import RunFacts
 from pipelines.runs import ForecastStore, RunHeader
+from pipelines.static import write_static
 from pipelines.trained import TrainedModel, trained
 
 START = datetime(2020, 6, 1, tzinfo=UTC)
@@ -206,7 +207,7 @@ def test_every_missing_frame_is_named_and_told_as_nan(tmp_path, store, pattern):
 
     late = [frame(5 * i, np.full((3, 4), float(i))) for i in gone]
     Cube.open(cube).write(late, restate=True)
-    told = f"without the frames of {missing}, which have come since; restate=true makes it again"
+    told = f"without the frames of {missing}, which came since; restate=true makes it again"
     assert (told in str(forecast(cube, Looking(1.0), store))) == bool(gone)
     assert newest(store)[0].attributes == header.attributes
 
@@ -225,7 +226,9 @@ def test_a_frame_that_is_no_longer_asked_for_has_not_come(tmp_path, store):
     forecast(cube, model, store, init_time=late)
     assert newest(store)[0].attributes["inputs_missing"] == "2020-06-01T00:10:00Z 2020-06-01T00:25:00Z"
     Cube.open(cube).write([frame(25, np.full((3, 4), 5.0))])
-    assert forecast(cube, model, store, init_time=late).completed == {"20200601T002500Z": late}
+    assert forecast(cube, model, store, init_time=late).completed == {
+        "20200601T002500Z": f"the frames of {late}"
+    }
 
 
 def test_init_times_without_data_name_those_that_exist(tmp_path, store):
@@ -646,6 +649,43 @@ def test_a_network_that_sees_place_and_surroundings_is_shown_them(cube, store):
     strange = {**card, "config": {"satellite": ["brightness_temperature"]}}
     with pytest.raises(ValueError, match="was made to see 0"):
         forecast(cube, TrainedModel(net, strange, "ab" * 32), store + "2")
+
+
+def test_a_network_without_its_sources_says_so_until_they_have_come(cube, store, caplog):
+    torch.manual_seed(0)
+    seen = {"satellite": [(250.0, 25.0)], "static": [(300, 500)]}
+    net = MetNet(frames=2, channels=8, fine_channels=4, depth=0, bins=BINS, **seen).eval()
+    beside = {"satellite": ["msg"], "static": ["elevation"]}
+    card = {"cadence_minutes": [5.0], "lead_times": [5.0], "config": beside}
+    model = TrainedModel(net, card, "ab" * 32)
+
+    made = forecast(cube, model, store)
+
+    attributes = newest(store)[0].attributes
+    assert (attributes["sources_missing"], attributes["inputs_missing"]) == ("msg elevation", "none")
+    assert attributes["degraded"] == "true" and "was made without msg, elevation" in str(made)
+    assert "made without msg, elevation, which it learned with" in caplog.text
+    height = np.ones((4, 5), np.float32)
+    write_static(cube, Frame(ELEVATION, ALWAYS, None, grid(), height, "hills", "cd" * 32, group="static"))
+    told = "was made without elevation, which came since; restate=true makes it again"
+    assert told in str(forecast(cube, model, store))
+    forecast(cube, model, store, restate=True)
+    assert newest(store)[0].attributes["sources_missing"] == "msg"
+
+
+@pytest.mark.parametrize(("seconds", "every", "stride"), [(20, 5.0, 15), (100, 5.0, 3), (300, 10.0, 2)])
+def test_every_is_a_multiple_of_any_cadence(tmp_path, store, seconds, every, stride):
+    step = timedelta(seconds=seconds)
+    frames = [
+        replace(frame(0, np.ones((4, 5))), valid_time=START + i * step, cadence=step) for i in range(31)
+    ]
+    Cube.open_or_create(str(tmp_path / "cube"), grid(), RAINFALL_RATE, START, step).write(frames)
+    keys = {"init_time": "all", "lead_times": [5], "thresholds": [1.0], "quantiles": [0.5]}
+    made = forecast(str(tmp_path / "cube"), Persistence(), store, every=every, **keys).made
+    assert made == tuple(f"{START + i * step:%Y%m%dT%H%M%SZ}" for i in range(0, 31, stride))
+    for wrong in (every + 1 / 60, 0.0, -every, float("inf")):
+        with pytest.raises(ValueError, match=r"every=.*: expected a multiple of the cube's"):
+            forecast(str(tmp_path / "cube"), Persistence(), store, every=wrong, **keys)
 
 
 def test_a_model_of_another_cadence_is_refused(cube, store):

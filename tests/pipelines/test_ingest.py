@@ -22,18 +22,22 @@ import boto3
 import numpy as np
 import pytest
 
+from pipelines.cf import ELEVATION
 from pipelines.cube import Cube
-from pipelines.frame import Frame
+from pipelines.frame import ALWAYS, Frame
 from pipelines.grid import Grid
 from pipelines.ingest import LOOKBACK, _since, ingest
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
 from pipelines.signals import ending_in_order
+from pipelines.sources.elevation import Etopo, Gtopo, Srtm
 from pipelines.sources.fmi import Fmi
+from pipelines.sources.grib1 import StaticGrib1
 from pipelines.sources.mrms import Mrms
 from pipelines.sources.nwcsaf import NwcsafHdf5
 from pipelines.sources.simulated import Simulated
 from pipelines.sources.source import RemoteFile, named_files
+from pipelines.static import StaticFields
 from tests.pipelines.ordinary_user import ordinary_user
 
 ROOT = Path(__file__).parent.parent.parent
@@ -381,7 +385,7 @@ def test_a_bucket_is_read_once_and_fetched_files_do_not_stay(data, s3, tmp_path,
     local = Fmi(path=str(data / "fmi" / "pgm")).read(RemoteFile(str(fmi_files(data, 1)[0]), None))
     stored = Cube.open(cube).block(local.valid_time, 1)[0]
     assert np.array_equal(stored, local.window(400, 300, 64, 64).values, equal_nan=True)
-    assert Cube.open(cube).digests()[0] == local.sha256
+    assert Cube.open(cube).sources()[local.valid_time] == local.sha256
     assert ingest(source, cube, window=[400, 300, 64, 64]).new == 0
     assert [path.name for path in tmp_path.rglob("*.pgm.gz")] == []
 
@@ -742,6 +746,43 @@ def test_a_file_that_a_server_refuses_does_not_end_the_others(data, tmp_path):
         server.shutdown()
     assert (result.new, result.quarantined) == (2, 1)
     assert json.loads(Path(result.quarantine).read_text())["code"] == "unreachable"
+
+
+@dataclass
+class Hills:
+    """Two fields that never change, as files on a web page."""
+
+    path: str | None
+    trusted: ClassVar[bool] = True
+    group: ClassVar[str] = "static"
+
+    def valid_time(self, name: str) -> datetime | None:
+        return ALWAYS if name.endswith(".hills") else None
+
+    def files(self, start: datetime | None, end: datetime | None) -> Iterator[RemoteFile]:
+        yield from named_files(self, start, end, "hills", "x.hills")
+
+    def read(self, file: RemoteFile) -> Frame:
+        digest = hashlib.sha256(Path(file.url).read_bytes()).hexdigest()
+        height = np.full(SMALL.grid.shape, 100, np.float32)
+        return Frame(ELEVATION, ALWAYS, None, SMALL.grid, height, "hills", digest, group="static")
+
+
+def test_what_never_changes_is_read_from_a_url_however_old_it_is(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "all.hills").write_text("100 m")
+    monkeypatch.chdir(tmp_path / "site")
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = ingest(Hills(f"http://127.0.0.1:{server.server_port}/"), str(tmp_path / "cube"))
+        server.shutdown()
+    assert (result.group, result.new) == ("static", 1)
+    assert (StaticFields.open(str(tmp_path / "cube")).field("elevation") == 100).all()
+
+
+@pytest.mark.parametrize("source", [Etopo, Gtopo, Srtm, StaticGrib1])
+def test_a_source_of_what_never_changes_says_so_before_it_is_read(source):
+    assert source.group == "static"
 
 
 def test_a_feed_begins_behind_the_frames_of_its_own_group(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from metnet.rain import EnsembleForecast
+from metnet.scores.bias import Bias
 from metnet.scores.brier import Brier
 from metnet.scores.crps import Crps
 from metnet.scores.csi import Csi
@@ -31,6 +32,7 @@ from pipelines.report import (
     headline,
     second_sentence,
     text_table,
+    verdict,
 )
 from pipelines.report_page import as_html, write
 from pipelines.skill import Skill
@@ -122,6 +124,25 @@ def test_a_worse_forecast_is_called_worse() -> None:
 
     assert "higher than extrapolation's" in headline(report)
     assert second_sentence(report) == "By CRPS, beside extrapolation: clearly worse at 10 to 60 minutes."
+
+
+def test_a_bias_to_either_side_is_better_or_worse_by_its_distance_from_none() -> None:
+    rain = torch.full((1, 3, 10, 12), 2.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def told(*biases: float) -> set[str]:
+        score = Bias()
+        noise = 0.3 * torch.randn(40, 3, 10, 12, generator=generator)
+        sums = [
+            torch.stack([score.sums(EnsembleForecast((rain + bias + own)[:, None]), rain) for own in noise])
+            for bias in (biases[0], 5.0, biases[1])
+        ]
+        skill = replace(skill_of(40, scores=(score,)), sums={score.name: torch.stack(sums)})
+        return {verdict(report_of(skill), score, "extrapolation", lead) for lead in range(3)}
+
+    assert told(0.1, -0.1) == told(-0.1, 0.1) == {""}
+    assert told(0.1, -1.0) == told(-0.1, 1.0) == {"better"}
+    assert told(1.0, -0.1) == {"worse"}
 
 
 def test_no_difference_is_called_none() -> None:
@@ -259,6 +280,18 @@ def test_what_calibrating_did_is_told_in_numbers_words_and_the_diagram() -> None
     ]
     assert f">= 1 mm/h from {errors[0]:.1f} to {errors[1]:.1f} %" in html.unescape(page)
     assert "not calibrated" in page and "not calibrated" not in as_html(report_of(skill), case())
+
+
+def test_what_calibrating_did_is_told_of_the_runs_that_were_calibrated_alone() -> None:
+    skill, score = skill_of(8), Reliability(1.0)
+    raw = skill.sums[score.name][2].clone()
+    raw[3:] = 0  # as of runs that were not
+    page = as_html(report_of(replace(skill, uncalibrated={score.name: raw})), case())
+    before, after = (
+        100 * float(score.value(sums[:3].sum(dim=(0, 1))[None])[0])
+        for sums in (raw, skill.sums[score.name][0])
+    )
+    assert f">= 1 mm/h from {before:.1f} to {after:.1f} %" in html.unescape(page)
 
 
 def test_what_was_not_counted_is_null_in_json_and_a_dash_in_the_table() -> None:

@@ -72,6 +72,16 @@ def test_gradients_added_up_over_micro_batches_are_those_of_one_large_batch(cube
     assert farthest(weights_of(tmp_path), weights_of(joined)) < 1e-5
 
 
+def test_what_is_kept_holds_the_statistics_of_a_batch_norm_too(cube, tmp_path):
+    attention = {"_target_": "metnet.attention.external.ExternalAttention", "_partial_": True}
+    model = {**MODEL, "depth": 1, "attention": attention}
+    trained_on(cube, tmp_path, STEPS, model=model, validation=0.0)
+    kept = weights_of(tmp_path)
+    statistics = {name.rpartition(".")[2]: value for name, value in kept.items() if "running_" in name}
+    assert (statistics["running_mean"] != 0).all() and (statistics["running_var"] != 1).all()
+    assert {int(value) for name, value in kept.items() if "num_batches" in name} == {STEPS}
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns_from_the_joined_batch(
     cube, joined, tmp_path, processes_elsewhere

@@ -270,6 +270,19 @@ def test_a_run_of_a_late_source_is_compared_with_baselines_of_the_same_frames(
     assert skill.values(Brier(1.0))[skill.forecasters.index("persistence")].tolist() == pytest.approx(wrong)
 
 
+def test_a_baseline_is_not_told_the_frames_that_came_after_the_forecast(cube: Cube, tmp_path: Path) -> None:
+    gone = " ".join(f"{START + index * CADENCE:%Y-%m-%dT%H:%M:%SZ}" for index in (4, 5))
+    degraded = forecast_into(tmp_path / "degraded", range(6, 7), says, facts={"inputs_missing": gone})
+
+    skill = verified(cube, degraded, tmp_path / "report", scores=(Brier(1.0),)).report.skill
+
+    seen = np.ones(GRID.shape, bool)
+    seen[:3, :4] = False
+    wrong = [((storm(7 + lead) >= 1) != (storm(6) >= 1))[seen].mean() for lead in range(3)]
+    mean = skill.values(Brier(1.0))[skill.forecasters.index("extrapolation")]
+    assert mean.tolist() == pytest.approx(wrong), "of the only frame that is left"
+
+
 def test_a_forecast_that_knew_it_all_is_perfect_and_its_baselines_are_not(cube: Cube, tmp_path: Path) -> None:
     store = forecast_into(tmp_path / "forecasts", range(3, 9), knows)
 
@@ -416,6 +429,12 @@ def test_lead_times_between_the_frames_are_told_from_observations_that_are_not_i
     said = r"no frame at its lead times, but every 5 min \(1 run\)"
     with pytest.raises(ValueError, match=said):
         verified(cube, store, tmp_path / "report")
+
+
+def test_a_cube_that_holds_nothing_yet_is_told_as_that(store: ForecastStore, tmp_path: Path) -> None:
+    empty = Cube.open_or_create(str(tmp_path / "cube"), GRID, cf.RAINFALL_RATE, START, CADENCE)
+    with pytest.raises(ValueError, match=r"can be verified: .*holds no frame; ingest the observations"):
+        verified(empty, store, tmp_path / "report")
 
 
 def test_a_store_without_runs_is_refused(cube: Cube, tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ class Named:
         return stamp(match[1], "%Y%m%d%H%M") if match else None
 
 
+@dataclass(frozen=True)
+class Dated(Named):
+    """One whose names tell it in a form of their own."""
+
+    time_format: str = ""
+
+
 class FakeClock:
     """Time that passes only by sleeping, and by `tick` with each look at it."""
 
@@ -117,6 +124,27 @@ def keys(files):
 
 def lists(store):
     return [path for path in store.requests if "list-type" in path]
+
+
+@pytest.mark.parametrize(
+    ("form", "sorts"),
+    [
+        ("%Y%m%d%H%M%S", True),
+        ("%Y-%m-%dT%H%M", True),
+        ("%y%j%H%M", True),
+        ("%Y/%m/%d/%H", True),
+        ("%d%m%Y%H%M", False),
+        ("%Y%d%m%H%M", False),
+        ("%m%Y%d%H", False),
+    ],
+)
+def test_names_that_do_not_sort_by_time_are_not_followed(form, sorts, tmp_path):
+    source = Dated(str(tmp_path), time_format=form)
+    if sorts:
+        assert open_feed(source, tmp_path / "cache").listing() == []
+    else:
+        with pytest.raises(ValueError, match=rf"time_format={form}: .* do not sort by time"):
+            open_feed(source, tmp_path / "cache")
 
 
 # ---- fetching ----------------------------------------------------------------------------------------
