@@ -180,7 +180,9 @@ def compose(command: str, words: list[str]) -> Any:
     groups = _choices(command)
     words = [_in_full(word, groups) for word in _named(command, words)]
     taken = [word.removeprefix("~") for word in words if TAKEN_AWAY.fullmatch(word)]
-    words = [word for word in words if not TAKEN_AWAY.fullmatch(word)]
+    none = {word for word in words if word.endswith("=null") and word.removesuffix("=null") in groups}
+    taken += [key for word in none if groups[key := word.removesuffix("=null")][1] != "null"]
+    words = [word for word in words if not TAKEN_AWAY.fullmatch(word) and word not in none]
     keys = [key.name for key in read_page(CONFIGS / f"{command}.yaml").keys]
     choices, values = _sort_words(words, groups, keys)
     try:

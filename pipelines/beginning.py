@@ -141,6 +141,11 @@ def _fit_on_pixels(
     # none that a step learns from
     drawn = (learned[ENDLESS // 2 + number * learned.batch_size] for number in range(samples))
     known = _pixels(network, track(drawn, "fitting the prior", total=samples), random)
+    if not len(known):
+        raise ValueError(
+            "in none of the samples a pixel was observed together with what a forecast begins from: look at "
+            "the cubes (metnet inspect), and ingest more of their frames"
+        )
     prior.fit(known, fitting.prior_steps, seed=seed)
     if network.local is None or not fitting.local_steps:
         return

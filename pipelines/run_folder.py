@@ -16,7 +16,7 @@ from pipelines.checkpoints import FOLDER, all_of, newest, to_disk
 from pipelines.trained import CARD, WEIGHTS, check_forward, has_its_weights, read_card
 
 CONFIG = "config.json"
-FREE = ("run", "pictures", "strategy")  # where, what is shown, and by whom
+FREE = ("run", "pictures", "strategy", "workers")  # where, what is shown, and by whom
 FREE_OF_TRAINER = (
     "max_steps",
     "max_time",
@@ -25,6 +25,7 @@ FREE_OF_TRAINER = (
     "num_nodes",
     "log_every_n_steps",
 )  # how long, and on what
+SHOWN = 80  # characters of a setting, at most
 log = logging.getLogger(__name__)
 
 
@@ -111,10 +112,16 @@ def _differing(folder: Path, config: Mapping[str, Any]) -> list[str]:
         dict(settings(call)) for call in (json.loads(started.read_text())["config"], plain(config))
     )
     return [
-        f"{key}={wanted.get(key)} (it was {before.get(key)})"
+        f"{key}={_in_short(wanted.get(key))} (it was {_in_short(before.get(key))})"
         for key in sorted({*before, *wanted})
         if before.get(key) != wanted.get(key) and (key in before or wanted[key])  # a new one may be off
     ]
+
+
+def _in_short(value: Any) -> str:
+    """A setting, or the beginning of a long one."""
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -106,10 +106,10 @@ def split(observed: NDArray[np.bool_], span: Span, share: float) -> Split:
     Where that would leave less for training than for validation, all is for training.
 
     Raises:
-        ValueError: if there is no init time at all, or `share` is not in [0, 0.5].
+        ValueError: if there is no init time at all, or `share` is not in [0, 0.5[.
     """
-    if not 0 <= share <= 0.5:
-        raise ValueError(f"validation={share}: expected a share of the init times from 0 to 0.5")
+    if not 0 <= share < 0.5:
+        raise ValueError(f"validation={share}: expected a share of the init times from 0 to below 0.5")
     first, last = span.frames - 1, len(observed) - 1 - span.leads[-1]
     usable = [
         i for i in range(first, last + 1) if observed[i] and any(observed[i + lead] for lead in span.leads)

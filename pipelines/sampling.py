@@ -72,9 +72,11 @@ class Sampling:
             return learned, None
         if share:
             log.warning(
-                "%s has %d frames: too few to keep some for validation, all are trained on",
+                "%s has %d frames: too few to keep %g of them for validation and learn from more, all are "
+                "trained on",
                 cube.path,
                 cube.observed.sum(),
+                share,
             )
         return learned, None
 

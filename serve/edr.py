@@ -53,7 +53,10 @@ def routes(forecasts: Forecasts) -> APIRouter:
         return cached_json(
             request,
             ("collections",),
-            lambda: {"links": [_link("/collections", "self")], "collections": [_collection(run)]},
+            lambda: {
+                "links": [_link("collections", "self")],
+                "collections": [_collection(run, f"collections/{COLLECTION}")],
+            },
             run=run,
         )
 
@@ -61,7 +64,7 @@ def routes(forecasts: Forecasts) -> APIRouter:
     def one_collection(request: Request, collection: str) -> Response:
         """What the collection holds: where, when, which parameters."""
         run = _run(forecasts, collection)
-        return cached_json(request, ("collection",), lambda: _collection(run), run=run)
+        return cached_json(request, ("collection",), lambda: _collection(run, COLLECTION), run=run)
 
     @router.get("/collections/{collection}/position", responses=answers(COVERAGE_JSON))
     def position(
@@ -180,8 +183,8 @@ def _link(href: str, rel: str, media_type: str = "application/json") -> dict[str
     return {"href": href, "rel": rel, "type": media_type}
 
 
-def _collection(run: Run) -> dict[str, object]:
-    home = f"/collections/{COLLECTION}"
+def _collection(run: Run, home: str) -> dict[str, object]:
+    """What it holds; `home` leads to it from where it is asked for, whatever a proxy has before that."""
     times = [iso(time) for time in run.valid_times]
     query = {
         **_link(f"{home}/position", "data", COVERAGE_JSON),

@@ -112,15 +112,16 @@ LANDING = {
     "title": "metnet nowcast",
     "description": "A probabilistic rain forecast for the next hours",
     "links": [
-        {"href": "/", "rel": "self", "type": "application/json"},
-        {"href": "/", "rel": "alternate", "type": "text/html", "title": "the map"},
-        {"href": "/openapi.json", "rel": "service-desc", "type": "application/json", "title": "OpenAPI 3.1"},
-        {"href": "/conformance", "rel": "conformance", "type": "application/json"},
-        {"href": "/collections", "rel": "data", "type": "application/json"},
-        {"href": "/runs", "rel": "related", "type": "application/json", "title": "the runs"},
-        {"href": "/healthz", "rel": "status", "type": "application/json", "title": "health"},
+        {"href": ".", "rel": "self", "type": "application/json"},
+        {"href": ".", "rel": "alternate", "type": "text/html", "title": "the map"},
+        {"href": "openapi.json", "rel": "service-desc", "type": "application/json", "title": "OpenAPI 3.1"},
+        {"href": "conformance", "rel": "conformance", "type": "application/json"},
+        {"href": "collections", "rel": "data", "type": "application/json"},
+        {"href": "runs", "rel": "related", "type": "application/json", "title": "the runs"},
+        {"href": "healthz", "rel": "status", "type": "application/json", "title": "health"},
     ],
 }
+"""Links from where this is asked for: a proxy may have put a folder before it."""
 
 
 def _listed(run: Run) -> dict[str, object]:

@@ -279,6 +279,19 @@ def test_a_list_of_paths_is_a_list_and_a_folder_of_that_name_a_folder(tmp_path, 
     assert cli.compose("train", ["cube=[a]", "run=r"]).cube == "[a]"
 
 
+@pytest.mark.parametrize("word", ["model.trunk=null", "trunk=null", "lead_time=null"])
+def test_what_is_none_already_may_be_said_to_be_none(word):
+    assert cli.compose("train", ["cube=a", "run=r", word]) == cli.compose("train", ["cube=a", "run=r"])
+
+
+def test_a_group_that_is_said_to_be_none_is_taken_away():
+    words = ["cube=a", "run=r", "model.trunk=axial_image_transformer"]
+    assert "strategy" in cli.compose("train", words)
+    assert "strategy" not in cli.compose("train", [*words, "strategy=null"])
+    with pytest.raises(cli.UsageError, match="train cannot do without model"):
+        cli.compose("train", ["cube=a", "run=r", "model=null"])
+
+
 FAULTS = """
 import resource, cli
 {told}

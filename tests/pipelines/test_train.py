@@ -272,6 +272,18 @@ def test_a_wrong_setting_may_be_put_right_in_the_same_folder(cube, tmp_path):
     assert trained_on(cube, tmp_path / "run", steps=1).steps == 1
 
 
+def test_with_another_number_of_workers_a_run_goes_on(cube, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    assert trained_on(cube, tmp_path / "run", steps=6, workers=1).before
+
+
+def test_a_run_folder_of_another_call_tells_long_settings_in_short(cube, run):
+    leads = [5.0 * step for step in range(1, 60)]
+    with pytest.raises(ValueError, match=r"lead_times=\[5.0, 10.0, [^(]*\.\.\. \(it was") as told:
+        trained_on(cube, run, steps=6, lead_times=leads)
+    assert len(str(told.value)) < 400
+
+
 def test_a_run_folder_of_another_call_names_only_what_differs(cube, run, monkeypatch):
     monkeypatch.setitem(MODEL, "depth", 2)
     with pytest.raises(ValueError, match=r"other settings: model.depth=2 \(it was 1\); choose"):
@@ -456,7 +468,7 @@ def test_a_time_that_is_none_is_refused_by_its_key(cube, tmp_path, time):
 def test_a_short_cube_is_trained_on_without_validation_and_that_is_said(cube, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         result = trained_on(cube, tmp_path, steps=2, validation=0.45, lead_times=[60])
-    assert "too few to keep some for validation" in caplog.text
+    assert "too few to keep 0.45 of them for validation" in caplog.text
     assert "no validation" in str(result)
     assert trained(tmp_path).card["validation"] is None
 
