@@ -159,6 +159,9 @@ def test_parameter_names_choose(service: Service) -> None:
     names = "probability_of_exceedance_0.1,rainfall_rate_median"
     answer = service.client.get(f"{POSITION}&parameter-name={names}").json()
     assert set(answer["ranges"]) == set(names.split(",")) == set(answer["parameters"])
+    everything = ",".join(service.forecasts.run().quantities)
+    asked = service.client.get(f"{POSITION}&parameter-name={everything}").json()
+    assert asked == service.client.get(POSITION).json()
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,13 @@ def test_parameter_names_choose(service: Service) -> None:
         ("coords=LINESTRING(8 47,9 48)", "POINT(longitude latitude)"),
         ("coords=POINT(8.54 47.37 400)", "POINT(longitude latitude)"),
         ("coords=POINT(NaN 47)", "POINT(longitude latitude)"),
+        ("coords=(8.54 47.37)", "POINT(longitude latitude)"),
+        ("coords=POINT 8.54 47.37)", "POINT(longitude latitude)"),
+        ("coords=POINT(8.54 47.37", "POINT(longitude latitude)"),
+        ("coords=POINT(8.54 47.37) x", "POINT(longitude latitude)"),
+        ("coords=MULTIPOINT(8.54 47.37)", "POINT(longitude latitude)"),
+        ("coords=POINT(180.5 47)", "-180..180"),
+        ("coords=POINT(8.54 90.5)", "-90..90"),
         ("coords=POINT(999 47)", "-180..180"),
         ("", "coords: "),
         ("coords=POINT(8.54 47.37)&datetime=yesterday", "datetime: "),

@@ -253,15 +253,24 @@ def test_a_browser_without_webgl_is_told_where_the_numbers_are(browser: Browser,
     page.close()
 
 
-def test_a_forecast_made_without_some_frames_says_so(
-    browser: Browser, address: str, own_service: Service
+FRAMES = "2019-06-10T00:35:00Z 2019-06-10T00:40:00Z"
+
+
+@pytest.mark.parametrize(
+    ("frames", "sources", "told"),
+    [
+        (FRAMES, None, "without the radar frames of 00:35, 00:40 UTC."),
+        (FRAMES, "msg", "without the radar frames of 00:35, 00:40 UTC and msg."),
+        ("none", "msg elevation", "without msg, elevation."),
+    ],
+)
+def test_a_forecast_made_without_some_of_its_inputs_says_so(
+    browser: Browser, address: str, own_service: Service, frames: str, sources: str | None, told: str
 ) -> None:
-    missing = "2019-06-10T00:35:00Z 2019-06-10T00:40:00Z"
-    write(
-        own_service.path, INIT + timedelta(minutes=10), facts={"degraded": "true", "inputs_missing": missing}
-    )
+    facts = {"degraded": "true", "inputs_missing": frames} | ({"sources_missing": sources} if sources else {})
+    write(own_service.path, INIT + timedelta(minutes=10), facts=facts)
     watched = open_page(browser, address, 1000, 700)
-    expect(watched.page.locator("#notice")).to_contain_text("radar frames of 00:35, 00:40 UTC")
+    expect(watched.page.locator("#notice")).to_contain_text(told)
     watched.page.locator("#run").select_option(index=1)
     expect(watched.page.locator("#notice")).to_have_text(
         "This is an old forecast; the newest is that of 10 Jun 2019 00:40 UTC."
