@@ -73,6 +73,11 @@ def whole_steps(minutes: float, cadence: timedelta) -> int | None:
     return nearest if nearest > 0 and math.isclose(steps, nearest, abs_tol=1e-6) else None
 
 
+def iso(time: datetime) -> str:
+    """UTC as ISO 8601 with a Z, to the second."""
+    return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
 def parse_time(text: str | datetime, key: str = "") -> datetime:
     """A UTC time from ISO 8601 text (`2019-06-10T00:30`, `20190610T003000Z`); no offset means UTC.
 

@@ -1,10 +1,7 @@
 """`ingest`: files of a source -> decode -> window -> regrid -> judge -> cube; it goes on where it stopped."""
 
-import errno
-import json
 import logging
 import math
-import os
 import pickle
 import signal
 import tempfile
@@ -20,13 +17,13 @@ from pathlib import Path
 from pipelines import destination
 from pipelines.cube import RADAR, STATIC, Cube, Written, groups, judged
 from pipelines.decode import Decoder
-from pipelines.decoding import checksums
 from pipelines.decoding.refusal import Code, Refusal
 from pipelines.feeds.feed import Feed, NewFile, open_feed
 from pipelines.feeds.web import DeniedError, Manners, SystemClock, UnreachableError
-from pipelines.frame import Frame, parse_interval
+from pipelines.frame import Frame, iso, parse_interval
 from pipelines.grid import Grid
 from pipelines.progress import track
+from pipelines.quarantine import Quarantine, Refused, sha256_of
 from pipelines.regrid import regrid
 from pipelines.repository import Repository
 from pipelines.signals import end_by, handling
@@ -90,21 +87,11 @@ class Ingested:
             counts.append(f"{plural(self.links, 'link')} not followed")
         period = ""
         if self.first is not None and self.last is not None and self.group != STATIC:
-            period = f"frames from {_shown(self.first)} to {_shown(self.last)}, "
+            period = f"frames from {iso(self.first)} to {iso(self.last)}, "
         nothing = "" if self.new or self.restated else "\nNothing changed."
         return (
             f"{self.cube}: {', '.join(counts)}\n{period}group {self.group}, snapshot {self.snapshot}{nothing}"
         )
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A file that gave no frame, and why."""
-
-    file: RemoteFile
-    code: Code
-    reason: str
-    misplaced: bool = False  # it was read, but does not cover the window or the grid that was asked for
 
 
 Read = tuple[RemoteFile, Frame | Refused]
@@ -221,7 +208,7 @@ def _take_new(intake: "Intake", files: list[NewFile]) -> None:
             "%s: %s, the newest valid at %s",
             intake.cube,
             told,
-            _shown(max(file.valid_time for file in files)),
+            iso(max(file.valid_time for file in files)),
         )
 
 
@@ -479,7 +466,7 @@ class Intake:
             file
             for file in files
             if file.valid_time not in there
-            or (last.get(file.valid_time) == file and _sha256(Path(file.url)) != there[file.valid_time])
+            or (last.get(file.valid_time) == file and sha256_of(Path(file.url)) != there[file.valid_time])
         ]
 
     def _frames(self, files: Iterable[RemoteFile], into_new: bool = False) -> Iterator[Frame]:
@@ -528,66 +515,6 @@ class Intake:
             self.counts["already_there"] += part.unchanged
             self.counts["conflicting"] += part.conflicting
             self.counts["restated"] += part.restated
-
-
-class Quarantine:
-    """The damaged files of a cube, and frames of files: a line of JSON for each in CUBE.quarantine.jsonl."""
-
-    def __init__(self, cube: str):
-        """Reads what is there."""
-        name = f"{cube.rstrip('/').rsplit('/', 1)[-1]}.quarantine.jsonl"
-        self.path = Path(name) if "://" in cube else Path(cube).with_name(name)
-        self.reasons: list[str] = []  # of this time
-        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        self._known = set(filter(None, map(_recorded, lines)))
-
-    def add(self, refused: Refused) -> None:
-        """Writes a file down at once; once, however often it is met, and beside what others write."""
-        self.reasons.append(refused.reason)
-        file, sha256 = refused.file, _sha256(Path(refused.file.url))
-        valid_time = None if file.valid_time is None else _shown(file.valid_time)
-        known = (file.url, sha256, refused.reason, valid_time)
-        if known in self._known:
-            return
-        self._known.add(known)
-        record = {
-            "path": file.url,
-            "sha256": sha256,
-            "valid_time": valid_time,
-            "time": _shown(datetime.now(UTC)),
-            "code": refused.code,
-            "reason": refused.reason,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(record).encode() + b"\n"
-        with self.path.open("a+b", buffering=0) as lines:
-            size = lines.seek(0, os.SEEK_END)
-            lines.seek(max(0, size - 1))
-            if lines.read(1) not in (b"", b"\n"):  # the disk was full in the middle of a line
-                line = b"\n" + line
-            written = lines.write(line)  # in one call to the system, beside what others write
-            if written != len(line):
-                raise OSError(errno.ENOSPC, "no room to write down a damaged file", str(self.path))
-            os.fsync(lines.fileno())
-
-
-def _recorded(line: bytes) -> tuple[str, str | None, str, str | None] | None:
-    """What tells a line of the quarantine from others; None for one that is no record."""
-    try:
-        record = json.loads(line)
-        told = record["sha256"], record["valid_time"]
-        sha256, valid_time = (None if each is None else str(each) for each in told)
-        return str(record["path"]), sha256, str(record["reason"]), valid_time
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _sha256(path: Path) -> str | None:
-    """Of a plain file's bytes; None if it is none, or cannot be opened."""
-    try:
-        return checksums.digest(path, "sha256")
-    except OSError:
-        return None
 
 
 def _there(
@@ -718,13 +645,9 @@ def _files(decoder: Decoder, start: datetime | None, end: datetime | None) -> li
     files = decoder.files(start, end)
     if not files:
         times = [file.valid_time for file in decoder.files(None, None) if file.valid_time]
-        has = f"it has {_shown(min(times))} to {_shown(max(times))}" if times else "it has none at all"
+        has = f"it has {iso(min(times))} to {iso(max(times))}" if times else "it has none at all"
         asked = ", ".join(
-            f"{key}={_shown(time)}" for key, time in (("start", start), ("end", end)) if time is not None
+            f"{key}={iso(time)}" for key, time in (("start", start), ("end", end)) if time is not None
         )
         raise ValueError(f"the source has no files{f' within {asked}' if asked else ''}; {has}")
     return files
-
-
-def _shown(time: datetime) -> str:
-    return f"{time:%Y-%m-%dT%H:%M:%SZ}"

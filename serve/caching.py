@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from pipelines.frame import iso
 from pipelines.version import version
-from serve.forecasts import Run, iso
+from serve.forecasts import Run
 
 REVALIDATE = "no-cache"
 """The client keeps the answer, and asks each time whether it still holds: even a run of the past may be

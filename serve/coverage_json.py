@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from serve.forecasts import Cell, Quantity, Values, iso, number
+from pipelines.frame import iso
+from serve.forecasts import Cell, Quantity, Values, number
 
 REFERENCING = [
     {

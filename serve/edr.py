@@ -6,10 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import JsonValue
 
-from pipelines.frame import parse_time
+from pipelines.frame import iso, parse_time
 from serve.caching import answers, cached_json
 from serve.coverage_json import point_series
-from serve.forecasts import Forecasts, Quantity, Run, iso
+from serve.forecasts import Forecasts, Quantity, Run
 from serve.problems import Problem
 
 COLLECTION = "nowcast"

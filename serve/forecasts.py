@@ -17,6 +17,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from pipelines import cf
+from pipelines.frame import iso
 from pipelines.runs import ForecastStore, RunHeader
 from serve import geometry
 from serve.outline import Ring, bounds_of, outline_of
@@ -401,11 +402,6 @@ def _quantile(index: int, level: float) -> Quantity:
 
 def _rate(variable: cf.Variable, label: str) -> Quantity:
     return Quantity(variable.name, label, "rate", variable.units, variable.name)
-
-
-def iso(moment: datetime) -> str:
-    """UTC as ISO 8601 with a Z, to the second."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def number(value: float) -> float | None:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
+from pipelines.frame import iso
 from serve.caching import answers, cached, cached_json
-from serve.forecasts import Forecasts, Run, iso
+from serve.forecasts import Forecasts, Run
 from serve.palette import PROBABILITY, RATE
 from serve.problems import Problem
 

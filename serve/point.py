@@ -6,8 +6,9 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BeforeValidator
 
 from pipelines import cf
+from pipelines.frame import iso
 from serve.caching import answers, cached_json
-from serve.forecasts import LATEST, Cell, Forecasts, Run, Values, iso, number
+from serve.forecasts import LATEST, Cell, Forecasts, Run, Values, number
 
 
 def _spelt_out(degrees: object) -> object:

@@ -64,6 +64,7 @@ FLOORS = {  # within pipelines a file imports only from lower floors; a folder s
             ),
             (
                 "sources",
+                "quarantine",
                 "static",
                 "feeds.feed",
                 "regrid",

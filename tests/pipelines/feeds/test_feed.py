@@ -18,7 +18,8 @@ from pipelines.decoding.refusal import Code
 from pipelines.feeds.feed import LOOKS, ROUNDS, Cache, NewFile, open_feed
 from pipelines.feeds.places import Entry, is_safe, place_at
 from pipelines.feeds.web import DeniedError, Manners, SystemClock, UnreachableError, Web, retry_after
-from pipelines.ingest import Refused, _fetched
+from pipelines.ingest import _fetched
+from pipelines.quarantine import Refused
 from pipelines.sources.source import RemoteFile, stamp
 from tests.pipelines.feeds import faulty_store
 from tests.pipelines.feeds.faulty_store import Answer, FaultyStore
